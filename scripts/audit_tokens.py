@@ -1,0 +1,233 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "trl==1.16.0",
+#     "datasets==5.2.0",
+#     "accelerate==1.15.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Show which tokens a training run would see and learn from, and stop where the data is wrong.
+
+    python audit_tokens.py --model_name_or_path MODEL --dataset_name DATA --output audit.json
+
+Reads   the tokenizer of MODEL (hub id or folder) and DATA, and takes the options and --config of the training scripts.
+Writes  --output, if given and nothing is wrong.
+Exits   with status 1 if rows begin with two BOS, or lack the BOS that the tokenizer adds; if the last EOS of a row
+        carries no loss, so that the model would not learn to stop; or if rows have no token to learn from.
+
+The rows are tokenized and labelled by SFTTrainer itself.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tokens need no accelerator
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+# What the training scripts set and what changes the tokens or the batches.
+PARAMETERS = dict(
+    model_name_or_path="meta-llama/Llama-2-7b-chat-hf",
+    max_length=1024,
+    per_device_train_batch_size=4,
+    train_sampling_strategy="group_by_length",
+    bf16=False,
+    gradient_checkpointing=False,
+)
+
+
+@dataclass
+class ScriptArguments:
+    dataset_name: str = field(
+        default="mlabonne/guanaco-llama2-1k",
+        metadata={"help": "Hub id, folder, or .jsonl, .json, .csv or .parquet file."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    output: str | None = field(default=None, metadata={"help": "File for the report, JSON."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def load_rows(name: str, split: str) -> Dataset:
+    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
+    if not (files or Path(name).is_dir() or is_hub_id(name)):
+        fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    number = 0
+    try:
+        if files and files[0].suffix == ".jsonl":
+            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
+                json.loads(line)
+        if files:
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+        else:
+            rows = load_dataset(name, split=split)
+    except Exception as error:  # each reader raises its own kind
+        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+    if len(rows) == 0:
+        fail(f"{name!r} has no rows in the split {split!r}.")
+    forms = (["prompt", "completion"], ["messages"], ["text"])
+    form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
+    if form is None:
+        fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
+    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
+        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    return rows.select_columns(form)
+
+
+def format_rows(rows: Dataset, tokenizer) -> Dataset:
+    """Chat form for prompt and completion strings, if there is a template; one BOS, the tokenizer's, for texts."""
+    first = rows.column_names[0]
+    if not isinstance(rows[0][first], str):
+        if not tokenizer.chat_template:
+            fail("these rows are chats and the tokenizer has no chat template. Give rows with a text column.")
+    elif first == "prompt" and tokenizer.chat_template:
+        roles = {"prompt": "user", "completion": "assistant"}
+        return rows.map(lambda row: {key: [{"role": role, "content": row[key]}] for key, role in roles.items()})
+    elif tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        return rows.map(lambda row: {first: row[first].removeprefix(tokenizer.bos_token)})
+    return rows
+
+
+def tokenize_rows(rows: Dataset, tokenizer, args: SFTConfig) -> SFTTrainer:
+    """A trainer that holds the rows as it tokenizes and labels them. A model 8 wide stands in: only tokens matter."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ids))
+    return SFTTrainer(model=model, args=args, train_dataset=format_rows(rows, tokenizer), processing_class=tokenizer)
+
+
+def audit(rows: Dataset, tokenizer, max_length: int | None) -> tuple[dict, list[str]]:
+    """Counts over tokenized rows, and what is wrong with them. Row numbers start at 1."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    double_bos, no_bos, no_eos, no_loss, cut, learned = [], [], [], [], 0, 0
+    for number, row in enumerate(rows, 1):
+        ids, labels = row["input_ids"], row["labels"]
+        if bos is not None and ids[:2] == [bos, bos]:
+            double_bos.append(number)
+        elif adds_bos and ids[0] != bos:
+            no_bos.append(number)
+        last_eos = max((place for place, token in enumerate(ids) if token == eos), default=None)
+        if last_eos is None or labels[last_eos] == -100:
+            no_eos.append(number)
+        kept = labels[:max_length]
+        cut += len(kept) < len(labels)
+        learned += sum(label != -100 for label in kept)
+        if all(label == -100 for label in kept):
+            no_loss.append(number)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    counts = {
+        "rows": len(lengths),
+        "tokens": sum(min(length, max_length or length) for length in lengths),
+        "tokens_with_loss": learned,
+        "longest_row": max(lengths),
+        "rows_cut_by_max_length": cut,
+        "tokenizer_adds_bos": adds_bos,
+    }
+    problems = {
+        "begin with two BOS": double_bos,
+        "lack the BOS that the tokenizer adds": no_bos,
+        "have no EOS in the labels: the model would not learn to stop": no_eos,
+        "have no token to learn from within --max_length": no_loss,
+    }
+    return counts, [f"{len(bad)} rows {what} (first: row {bad[0]})" for what, bad in problems.items() if bad]
+
+
+def show_row(row: dict, tokenizer) -> str:
+    """The text of a row; what carries loss is green on a terminal, between [[ and ]] elsewhere."""
+    start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("[[", "]]")
+    pieces, place, labels = [], 0, row["labels"]
+    while place < len(labels):
+        learned = labels[place] != -100
+        stop = next((i for i in range(place, len(labels)) if (labels[i] != -100) != learned), len(labels))
+        text = tokenizer.decode(row["input_ids"][place:stop])
+        pieces.append(f"{start}{text}{end}" if learned else text)
+        place = stop
+    return "".join(pieces)
+
+
+def main() -> None:
+    parser = TrlParser(
+        (ScriptArguments, ModelConfig, SFTConfig),
+        usage="%(prog)s [--OPTION VALUE ...] [--config FILE.yaml]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(**PARAMETERS)
+    try:
+        script_args, model_args, args = parser.parse_args_and_config(fail_with_unknown_args=False)[:3]
+    except (ValueError, OSError) as error:
+        fail(f"{' '.join(str(error).split())} See --help.")
+    if script_args.output:
+        Path(script_args.output).unlink(missing_ok=True)
+
+    rows = load_rows(script_args.dataset_name, script_args.dataset_train_split)
+    name = model_args.model_name_or_path
+    if not (Path(name, "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    max_length, args.max_length, args.packing, args.report_to = args.max_length, None, False, []
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        trainer = tokenize_rows(rows, tokenizer, args)
+        report, problems = audit(trainer.train_dataset, tokenizer, max_length)
+        # The batches of the first epoch, cut as the training script cuts them
+        trainer.train_dataset = trainer.train_dataset.map(
+            lambda row: {key: row[key][:max_length] for key in ("input_ids", "labels")}
+        )
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    padding = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+    report |= {"max_length": max_length, "batch_size": args.per_device_train_batch_size, "padding_share": padding}
+
+    for key, value in report.items():
+        print(f"{key:24} {value:.3f}" if isinstance(value, float) else f"{key:24} {value}")
+    number = min(11, len(rows) - 1)
+    print(f"\nRow {number} (what is learned is green, or between [[ and ]]):")
+    print(show_row(trainer.train_dataset[number], tokenizer))
+    if problems:
+        fail(f"{'; '.join(problems)}. Mend the data set, or the chat template of the tokenizer.")
+    if script_args.output:
+        write_json(Path(script_args.output), report)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "trl==1.16.0",
+#     "peft==0.21.2",
+#     "datasets==5.2.0",
+#     "accelerate==1.15.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Measure base and trained models on held-out rows, and let each answer the same prompts.
+
+    python evaluate.py --base_model MODEL --models out/adapter --dataset_name DATA --output_dir report
+
+Reads   MODEL (hub id or folder), adapters or full models, and the validation rows of DATA. With rows of prompt and
+        completion the loss is on the completions alone, as in training.
+Writes  report/evaluation.md and report/evaluation.json: loss (nats per token), perplexity, greedy answers.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
+
+import torch
+from datasets import Dataset, load_dataset
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+
+@dataclass
+class ScriptArguments:
+    base_model: str = field(
+        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of the model before training."}
+    )
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of adapters or trained models to set beside it."}
+    )
+    dataset_name: str = field(
+        default="outputs/dataset", metadata={"help": "Hub id, folder, or .jsonl, .json, .csv or .parquet file."}
+    )
+    dataset_test_split: str = field(default="validation", metadata={"help": "Split to measure on."})
+    prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts to answer (default: the first five of the split)."}
+    )
+    max_length: int = field(default=1024, metadata={"help": "Rows are cut to that many tokens."})
+    max_new_tokens: int = field(default=96, metadata={"help": "The most tokens of an answer."})
+    batch_size: int = field(default=8, metadata={"help": "Rows in a batch."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
+    output_dir: str = field(default="report", metadata={"help": "Folder for evaluation.md and evaluation.json."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def load_rows(name: str, split: str) -> Dataset:
+    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
+    if not (files or Path(name).is_dir() or is_hub_id(name)):
+        fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    number = 0
+    try:
+        if files and files[0].suffix == ".jsonl":
+            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
+                json.loads(line)
+        if files:
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+        else:
+            rows = load_dataset(name, split=split)
+    except Exception as error:  # each reader raises its own kind
+        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+    if len(rows) == 0:
+        fail(f"{name!r} has no rows in the split {split!r}.")
+    forms = (["prompt", "completion"], ["messages"], ["text"])
+    form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
+    if form is None:
+        fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
+    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
+        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    return rows.select_columns(form)
+
+
+def format_rows(rows: Dataset, tokenizer) -> Dataset:
+    """Chat form for prompt and completion strings, if there is a template; one BOS, the tokenizer's, for texts."""
+    first = rows.column_names[0]
+    if not isinstance(rows[0][first], str):
+        if not tokenizer.chat_template:
+            fail("these rows are chats and the tokenizer has no chat template. Give rows with a text column.")
+    elif first == "prompt" and tokenizer.chat_template:
+        roles = {"prompt": "user", "completion": "assistant"}
+        return rows.map(lambda row: {key: [{"role": role, "content": row[key]}] for key, role in roles.items()})
+    elif tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        return rows.map(lambda row: {first: row[first].removeprefix(tokenizer.bos_token)})
+    return rows
+
+
+def tokenize_rows(rows: Dataset, tokenizer, args: SFTConfig) -> SFTTrainer:
+    """A trainer that holds the rows as it tokenizes and labels them. A model 8 wide stands in: only tokens matter."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ids))
+    return SFTTrainer(model=model, args=args, train_dataset=format_rows(rows, tokenizer), processing_class=tokenizer)
+
+
+def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
+    """The first prompts of the rows with the answers that stand there, or the tutorial's query for rows of text."""
+    if rows.column_names == ["text"]:
+        return [{"prompt": "What is a large language model?", "reference": None}]
+    chosen = []
+    for row in rows.select(range(min(count, len(rows)))):
+        prompt, answer = (row["prompt"], row["completion"]) if "prompt" in row else (row["messages"], None)
+        if isinstance(prompt, list):
+            prompt = next(message["content"] for message in prompt if message["role"] == "user")
+        if isinstance(answer, list):
+            answer = answer[-1]["content"]
+        chosen.append({"prompt": prompt, "reference": answer})
+    return chosen
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    adapter_config = Path(name, "adapter_config.json")
+    base = name
+    if adapter_config.is_file():
+        base = base_model or json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not (adapter_config.is_file() or Path(name, "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+        fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        if base != name:
+            model = PeftModel.from_pretrained(model, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list[str]:
+    """Answers to the prompts, generated as one batch, without the prompts."""
+    texts = prompts
+    if not raw:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    # A chat template writes the special tokens itself.
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
+    if not options["do_sample"]:
+        options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along
+    outputs = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
+    return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def held_out_loss(model, trainer: SFTTrainer, batch_size: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats over all labelled tokens, and their number. trainer holds the tokenized rows."""
+    rows = trainer.train_dataset.select_columns(["input_ids", "labels"])
+    rows = rows.select(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
+    total, count = 0.0, 0
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=trainer.data_collator):
+        labelled = (batch["labels"][:, 1:] != -100).sum().item()
+        loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        total, count = total + loss.item() * labelled, count + labelled
+    return total / count, count
+
+
+def write_markdown(report: dict) -> str:
+    base = report["models"][0]["loss"]
+    lines = [
+        "# Evaluation",
+        "",
+        f"{report['rows']} held-out rows of {report['dataset']}, {report['tokens']} tokens with loss.",
+        "",
+        "| model | loss | against base | perplexity |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model in report["models"]:
+        change = f"{100 * (model['loss'] / base - 1):+.1f} %"
+        lines.append(f"| {model['name']} | {model['loss']:.4f} | {change} | {model['perplexity']:.2f} |")
+    for number, prompt in enumerate(report["prompts"]):
+        lines += ["", f"## {prompt['prompt']}", ""]
+        if prompt["reference"]:
+            lines.append(f"- **the data set**: {prompt['reference']}")
+        lines += [f"- **{model['name']}**: {' '.join(model['answers'][number].split())}" for model in report["models"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        fail(f"{error} See --help.")
+    rows = load_rows(args.dataset_name, args.dataset_test_split)
+    prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
+
+    models = []
+    for path in [args.base_model, *args.models]:
+        model, tokenizer = load_model(path, args.base_model, args.dtype)
+        if not models:
+            with tempfile.TemporaryDirectory() as folder:
+                config = SFTConfig(folder, max_length=args.max_length, bf16=False, report_to=[])
+                trainer = tokenize_rows(rows, tokenizer, config)
+        loss, tokens = held_out_loss(model, trainer, args.batch_size)
+        texts = [prompt["prompt"] for prompt in prompts]
+        raw = not tokenizer.chat_template
+        answers = generate(model, tokenizer, texts, raw, max_new_tokens=args.max_new_tokens, do_sample=False)
+        name = "base" if not models else Path(path).parent.name if Path(path).name in ("adapter", "model") else path
+        models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
+        print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
+
+    report = {"dataset": args.dataset_name, "rows": len(rows), "tokens": tokens, "prompts": prompts, "models": models}
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "evaluation.md").write_text(write_markdown(report), encoding="utf-8")
+    write_json(output_dir / "evaluation.json", report)
+    print(f"The report is {output_dir / 'evaluation.md'}")
+
+
+if __name__ == "__main__":
+    main()
