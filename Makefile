@@ -49,6 +49,15 @@ endif
 recipe := $(if $(recipe_file),--config $(recipe_file))
 ready := $(VENV)/installed $(OUT)/check/report.json
 
+# Steps that only read results take those that are there, however they were made, and make what is missing.
+from_step := $(if $(filter adapter,$(FROM)),lora,base-model)
+model_adapter := lora/adapter
+model_base := base-model
+ifeq ($(filter infer,$(MAKECMDGOALS))$(model_$(FROM)),infer)
+$(error FROM=$(FROM) is unknown. Type: make infer FROM=adapter, or FROM=base)
+endif
+wanted = $(if $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(filter train-% download,$(MAKECMDGOALS)),,yes)),,$(OUT)/$(1)/run.json)
+
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu download audit train-lora infer evaluate test lint clean distclean FORCE
 
@@ -108,15 +117,6 @@ $(VENV).settings: FORCE
 	$(keep_text)
 $(OUT)/.args/%: FORCE
 	$(keep_text)
-
-# Steps that only read results take those that are there, however they were made, and make what is missing.
-from_step := $(if $(filter adapter,$(FROM)),lora,base-model)
-model_adapter := lora/adapter
-model_base := base-model
-ifeq ($(filter infer,$(MAKECMDGOALS))$(model_$(FROM)),infer)
-$(error FROM=$(FROM) is unknown. Type: make infer FROM=adapter, or FROM=base)
-endif
-wanted = $(if $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(filter train-% download,$(MAKECMDGOALS)),,yes)),,$(OUT)/$(1)/run.json)
 
 # Environment ----------------------------------------------------------------------------------------------------------
 $(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).settings

@@ -78,8 +78,8 @@ PARAMETERS = dict(
     train_sampling_strategy="group_by_length",
     lr_scheduler_type="constant",
     report_to="tensorboard",
-    include_num_input_tokens_seen="non_padding",
 )
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")  # noted in run.json
 
 
 @dataclass
@@ -173,9 +173,7 @@ def describe_machine() -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "packages": {
-            name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-        },
+        "packages": {name: version(name) for name in PACKAGES},
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "git_commit": shutil.which("git")
         and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -205,10 +203,11 @@ def main() -> None:
     parser.set_defaults(**PARAMETERS)
     try:
         script_args, model_args, training_args = parser.parse_args_and_config()
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of the file, of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     output_dir = Path(training_args.output_dir)
     training_args.output_dir = str(output_dir / "checkpoints")
+    training_args.include_num_input_tokens_seen = "non_padding"
     model_args.use_peft = True
 
     # Data, tokenizer, base model
@@ -233,13 +232,16 @@ def main() -> None:
     if not training_args.resume_from_checkpoint:
         shutil.rmtree(training_args.output_dir, ignore_errors=True)
     trainer_class = SFTTrainer if script_args.token_metrics else PlainLossTrainer
-    trainer = trainer_class(
-        model=model,
-        args=training_args,
-        train_dataset=format_rows(rows, tokenizer),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = trainer_class(
+            model=model,
+            args=training_args,
+            train_dataset=format_rows(rows, tokenizer),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:
+        fail(" ".join(str(error).split()))
     trainer.model.print_trainable_parameters()
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
@@ -255,11 +257,13 @@ def main() -> None:
 
     # Record the run: run.json is there only when all the rest is
     trainable, total = trainer.model.get_nb_trainable_parameters()
+    note = Path(script_args.dataset_name, "run.json")
     run = {
         "script": Path(__file__).name,
         "base_model": base,
         "dataset": {
             "name": script_args.dataset_name,
+            "origin": json.loads(note.read_text(encoding="utf-8"))["dataset"]["name"] if note.is_file() else None,
             "rows": len(rows),
             "sha256": hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest(),
         },

@@ -111,12 +111,11 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
     """Chat form for prompt and completion strings, if there is a template; one BOS, the tokenizer's, for texts."""
     first = rows.column_names[0]
     if not isinstance(rows[0][first], str):
-        if not tokenizer.chat_template:
-            fail("these rows are chats and the tokenizer has no chat template. Give rows with a text column.")
-    elif first == "prompt" and tokenizer.chat_template:
+        return rows
+    if first == "prompt" and tokenizer.chat_template:
         roles = {"prompt": "user", "completion": "assistant"}
         return rows.map(lambda row: {key: [{"role": role, "content": row[key]}] for key, role in roles.items()})
-    elif tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         return rows.map(lambda row: {first: row[first].removeprefix(tokenizer.bos_token)})
     return rows
 

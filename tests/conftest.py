@@ -1,0 +1,105 @@
+"""A tiny Llama with a Llama-like tokenizer, and ways to run and to import the scripts."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+# Hubs are not reached from tests; what would go there must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# The form of Llama-2's template: BOS, [INST] question [/INST] answer, EOS.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+WORDS = "[INST] [/INST] what color is the sky sea red green blue a b c d e f g h x y z".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder with a Llama of two layers whose tokenizer adds BOS and has no pad token, as Llama-2's."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_rows(tmp_path_factory) -> Path:
+    """Folder with train.jsonl and validation.jsonl: prompt and completion in chat form."""
+    folder = tmp_path_factory.mktemp("rows")
+    colors = {"sky": "blue", "sea": "green", "a": "red", "b": "red"}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"what color is the {thing}" + " x" * extra}],
+            "completion": [{"role": "assistant", "content": color}],
+        }
+        for extra in range(8)
+        for thing, color in colors.items()
+    ]
+    write_rows(folder / "train.jsonl", rows[:28])
+    write_rows(folder / "validation.jsonl", rows[28:])
+    return folder
+
+
+def write_rows(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def run(script: str | Path, *args, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """Runs a script as a user does; script is a name in scripts/ or a path."""
+    path = script if isinstance(script, Path) else ROOT / "scripts" / script
+    return subprocess.run(
+        [sys.executable, str(path), *map(str, args)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def load(script: str):
+    """The module of a script, whose name may begin with a digit."""
+    name = f"script_{script.removesuffix('.py')}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

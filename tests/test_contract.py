@@ -1,0 +1,78 @@
+"""Each script stands alone: pins, imports, help."""
+
+import ast
+import re
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+SCRIPT_IDS = [script.name for script in SCRIPTS]
+# The package that an import needs, where its name is another.
+PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
+# numpy comes with the packages that are pinned; 00_check_gpu.py probes what it imports.
+FREE = {"numpy"}
+
+
+def pins() -> set[str]:
+    lines = []
+    for file in ("requirements.txt", "requirements-torch.txt"):
+        lines += (ROOT / "env" / file).read_text().splitlines()
+    return {line.replace('"', "'") for line in lines if "==" in line}
+
+
+def header(script) -> dict:
+    text = script.read_text(encoding="utf-8")
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text)
+    assert block, f"{script.name} has no PEP 723 header"
+    return tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in Python 3.11 and newer")
+@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+def test_header_has_the_pins_of_env_for_all_that_is_imported(script):
+    stated = header(script)
+    assert stated["requires-python"] == ">=3.10"
+    assert set(stated["dependencies"]) <= pins()
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    imported = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    foreign = {PACKAGES.get(name, name) for name in imported - set(sys.stdlib_module_names)} - FREE
+    named = {re.match(r"[\w-]+", dependency)[0] for dependency in stated["dependencies"]}
+    assert foreign <= named
+
+
+def test_every_direct_dependency_is_pinned_exactly():
+    for file in (ROOT / "env").glob("requirements*.txt"):
+        for line in file.read_text().splitlines():
+            if line and not line.startswith(("#", "-r ")):
+                assert re.match(r"[\w-]+==[\d.]+(; python_version .*)?$", line), f"{file.name}: {line}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+def test_runs_alone_and_says_what_to_type(script, tmp_path):
+    shutil.copy(script, tmp_path)
+    result = run(tmp_path / script.name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"python {script.name} " in result.stdout
+
+
+def test_check_gpu_runs_where_nothing_is_installed(tmp_path):
+    import subprocess
+
+    shutil.copy(ROOT / "scripts" / "00_check_gpu.py", tmp_path)
+    command = [sys.executable, "-S", "-E", "00_check_gpu.py", "--output", "report.json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "MISSING" in result.stdout and "pip install torch transformers" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "report.json").is_file()

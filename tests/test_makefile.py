@@ -1,0 +1,224 @@
+"""The Make graph: what runs when, and how variables reach it. A stand-in for Python logs the steps and leaves files."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> "$LOG"
+out= ; args=("$@")
+for i in "${!args[@]}"; do case "${args[i]}" in --output_dir|--output) out=${args[i+1]} ;; esac; done
+case "$*" in
+    *--only\\ model*) mkdir -p "$out/base-model"; echo '{}' > "$out/base-model/run.json" ;;
+    *--only\\ dataset*)
+        mkdir -p "$out/dataset"; touch "$out/dataset/validation.jsonl"; echo '{}' > "$out/dataset/run.json" ;;
+    *02_train_lora*)
+        mkdir -p "$out/adapter"; touch "$out/adapter/adapter_model.safetensors"; echo '{}' > "$out/run.json" ;;
+    *evaluate*) mkdir -p "$out"; touch "$out/evaluation.md" "$out/evaluation.json" ;;
+    *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
+esac
+"""
+TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+
+
+class Project:
+    """A copy of the repository whose environment is there already, with the stand-in as Python."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / "log"
+        for name in ("scripts", "env", "data"):
+            shutil.copytree(ROOT / name, folder / name)
+        shutil.copy(ROOT / "Makefile", folder)
+        python = folder / ".venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(STAND_IN)
+        python.chmod(0o755)
+        (folder / ".venv/pyvenv.cfg").touch()
+        (folder / ".venv.settings").write_text("python3 auto\n")
+        (folder / ".venv/installed").touch()
+
+    def make(self, *args: str, **environment: str) -> subprocess.CompletedProcess:
+        self.log.unlink(missing_ok=True)
+        clean = {
+            key: value for key, value in os.environ.items() if key not in ("OUT", "ARGS", "MAKEFLAGS", "MAKELEVEL")
+        }
+        command = ["make", *args]
+        return subprocess.run(
+            command, cwd=self.folder, env=clean | {"LOG": str(self.log)} | environment, capture_output=True, text=True
+        )
+
+    def commands(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def steps(self) -> list[str]:
+        return [Path(command.split()[0]).stem for command in self.commands()]
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.fixture
+def trained(project) -> Project:
+    assert project.make("train-lora").returncode == 0
+    assert project.steps() == TRAINING
+    return project
+
+
+def test_a_second_call_says_up_to_date_at_once_and_starts_no_python(trained):
+    start = time.monotonic()
+    result = trained.make("train-lora")
+    assert time.monotonic() - start < 1
+    assert "up to date" in result.stdout
+    assert trained.steps() == []
+
+
+def test_dry_run_leaves_nothing(project):
+    result = project.make("-n", "train-lora")
+    assert result.returncode == 0 and "02_train_lora.py" in result.stdout
+    assert not (project.folder / "outputs").exists() and project.steps() == []
+
+
+def test_no_target_prints_the_targets(project):
+    result = project.make()
+    for target in ("setup", "check-gpu", "download", "train-lora", "infer", "evaluate", "test", "lint", "clean"):
+        assert f"\n  {target} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ("scripts/02_train_lora.py", ["02_train_lora", "plot_loss"]),
+        ("scripts/plot_loss.py", ["plot_loss"]),
+        ("env/recipes/embedded.yaml", ["audit_tokens", "02_train_lora", "plot_loss"]),
+        ("data/train.jsonl", ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]),
+        ("README.md", []),
+    ],
+)
+def test_a_changed_file_runs_what_depends_on_it(trained, changed, again):
+    future = time.time() + 2
+    (trained.folder / changed).touch()
+    os.utime(trained.folder / changed, (future, future))
+    assert trained.make("train-lora").returncode == 0
+    assert trained.steps() == again
+
+
+def test_other_arguments_train_again_and_stay_with_their_step(trained):
+    trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
+    assert trained.steps() == ["02_train_lora", "plot_loss"]
+    assert trained.commands()[0].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
+    trained.make("infer", "ARGS=--max_new_tokens 3")
+    assert trained.steps() == ["05_generate"]
+    assert "--max_new_tokens 3" in trained.commands()[0]
+    trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
+    assert trained.steps() == []
+    trained.make("train-lora")
+    assert trained.steps() == ["02_train_lora", "plot_loss"]
+
+
+def test_other_data_or_recipe_runs_the_chain_from_there(trained):
+    trained.make("train-lora", "DATASET=other.jsonl")
+    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert "--dataset_name=other.jsonl" in trained.commands()[0]
+    trained.make("train-lora", "DATASET=other.jsonl", "RECIPE=")
+    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
+    assert "--config" not in " ".join(trained.commands())
+
+
+def test_infer_and_evaluate_take_what_is_there_and_make_what_is_not(project):
+    project.make("infer", "OUT=new", "DATASET=x.jsonl")
+    assert project.steps() == [*TRAINING[:-1], "05_generate"]
+    project.make("infer", "OUT=new")
+    assert project.steps() == ["05_generate"]
+    project.make("infer", "FROM=base", "OUT=new")
+    assert "--model_name_or_path new/base-model --prompt=" in project.commands()[0]
+    project.make("evaluate", "OUT=new")
+    assert project.steps() == ["evaluate"]
+    project.make("evaluate", "OUT=new")
+    assert project.steps() == []
+    project.make("infer", "FROM=base", "OUT=newer")
+    assert project.steps() == ["00_check_gpu", "01_download", "05_generate"]
+
+
+def test_a_failed_step_is_run_again(project):
+    python = project.folder / ".venv/bin/python"
+    python.write_text(STAND_IN + 'case "$*" in *02_train*) exit 1 ;; esac\n')
+    assert project.make("train-lora").returncode == 2
+    python.write_text(STAND_IN)
+    project.make("train-lora")
+    assert project.steps() == ["02_train_lora", "plot_loss"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["$(touch hacked) `touch hacked`; touch hacked", 'it\'s "$HOME" $$ #1', "two\nlines"]
+)
+def test_a_prompt_is_just_text(trained, prompt):
+    result = trained.make("infer", f"PROMPT={prompt}")
+    assert result.returncode == 0, result.stderr
+    assert f"--prompt={prompt}" in trained.log.read_text()
+    assert not (trained.folder / "hacked").exists()
+
+
+def test_env_file_gives_defaults_that_environment_and_command_line_override(trained):
+    lines = ["# settings", "PROMPT='from file $(HOME)'  ", "export FROM=base # a comment", "DATASET=", 'VENV=".venv"\r']
+    (trained.folder / ".env").write_text("\n".join(lines))
+    trained.make("infer")
+    assert "--model_name_or_path outputs/base-model --prompt=from file $(HOME)" in trained.commands()[0]
+    trained.make("infer", PROMPT="from environment")
+    assert "--prompt=from environment" in trained.commands()[0]
+    trained.make("infer", "PROMPT=from command", PROMPT="from environment")
+    assert "--prompt=from command" in trained.commands()[0]
+    assert trained.make("train-lora").returncode == 0
+    assert trained.steps() == []  # the empty DATASET hides nothing
+
+
+def test_env_example_is_the_tutorial_without_a_recipe(project):
+    shutil.copy(ROOT / ".env.example", project.folder / ".env")
+    assert project.make("train-lora").returncode == 0
+    log = project.log.read_text()
+    assert "--model_name_or_path=meta-llama/Llama-2-7b-chat-hf" in log
+    assert "--dataset_name=mlabonne/guanaco-llama2-1k" in log
+    assert "--config" not in log
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["infer", "FROM=nowhere"], "FROM=nowhere is unknown"),
+        (["train-lora", "RECIPE=nowhere"], "there is no env/recipes/nowhere.yaml"),
+        (["help", "OUT=a b"], "without spaces"),
+        (["help", "MAKE_VERSION=3.81"], "GNU Make 3.81 is too old"),
+        (["setup", "BACKEND=tpu"], "BACKEND=tpu is unknown"),
+        (["setup", "PYTHON=./nowhere"], "no ./nowhere"),
+        (["setup", "VENV=data"], "is no virtual environment"),
+    ],
+)
+def test_wrong_variables_are_named(project, args, said):
+    result = project.make(*args)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(("answers", "said"), [("1 0", "too old"), ("0 1", "no venv module")])
+def test_an_unfit_python_is_named(project, answers, said):
+    old, no_venv = answers.split()
+    python = project.folder / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *version_info*) exit {old} ;; *ensurepip*) exit {no_venv} ;; esac\n')
+    python.chmod(0o755)
+    result = project.make("setup", "PYTHON=./python")
+    assert result.returncode != 0 and said in result.stderr
+
+
+def test_clean_removes_results_only(trained):
+    (trained.folder / "outputs/notes.txt").write_text("mine")
+    assert trained.make("clean").returncode == 0
+    assert [file.name for file in (trained.folder / "outputs").iterdir()] == ["notes.txt"]
+    assert (trained.folder / ".venv").exists()
+    assert trained.make("distclean").returncode == 0
+    assert not (trained.folder / ".venv").exists()
