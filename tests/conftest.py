@@ -49,6 +49,7 @@ def tiny_model(tmp_path_factory) -> Path:
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
+            initializer_range=0.3,  # far enough from zero for a frozen base to have something to adapt
             bos_token_id=1,
             eos_token_id=2,
         )
