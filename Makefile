@@ -59,7 +59,7 @@ endif
 wanted = $(if $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(filter train-% download,$(MAKECMDGOALS)),,yes)),,$(OUT)/$(1)/run.json)
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu download audit train-lora infer evaluate test lint clean distclean FORCE
+.PHONY: help setup check-gpu download audit train-lora infer evaluate test bench lint clean distclean FORCE
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -92,6 +92,9 @@ evaluate: $(OUT)/report/evaluation.json ## held-out loss and answers, before and
 
 test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
+
+bench: $(call wanted,base-model) $(call wanted,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop
+	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -97,11 +97,13 @@ def main() -> None:
 
     print(f"\nPython {platform.python_version()}")
     for package in PACKAGES:
-        print(f"  {package:16} {versions.get(package) or 'MISSING, ' + missing[package]}")
+        print(f"  {package:16} {versions.get(package) or 'MISSING OR BROKEN, ' + missing[package]}")
 
     problems = []
     if missing:
-        problems.append(f"missing: {', '.join(missing)}. Type: make setup, or: pip install {' '.join(missing)}")
+        problems.append(
+            f"missing or broken: {', '.join(missing)}. Type: make setup, or: pip install {' '.join(missing)}"
+        )
     if args.require == "gpu" and not torch_report["available"]:
         problems.append("PyTorch finds no accelerator. Without one, leave out --require gpu to work on the CPU.")
     ready = "ready, on the accelerator" if torch_report["available"] else "ready, on the CPU (no accelerator found)"

@@ -1,4 +1,4 @@
-"""The token audit: one BOS and a learned EOS on rows that carry their own, with a tokenizer that adds BOS as Llama's."""
+"""The token audit: one BOS and a learned EOS for rows that carry their own, with a tokenizer that adds BOS."""
 
 import json
 import shutil
