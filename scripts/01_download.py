@@ -84,8 +84,8 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str) -> Dataset:
-    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -94,17 +94,17 @@ def load_rows(name: str, split: str) -> Dataset:
     try:
         if files and files[0].suffix == ".jsonl":
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line)
+                json.loads(line if line.strip() else "{}")
         if files:
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
-        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error.__cause__ or error).split())[:300]}")
     if len(rows) == 0:
         fail(f"{name!r} has no rows in the split {split!r}.")
-    forms = (["prompt", "completion"], ["messages"], ["text"])
+    forms = (["prompt", "completion"], ["messages"], [text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
@@ -190,7 +190,7 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
 
 def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
     rows = load_rows(name, "train")
-    if is_hub_id(name) and not Path(name).exists():
+    if is_hub_id(name):
         held_out = [split for split in ("validation", "test") if split in get_dataset_split_names(name)]
     else:
         held_out = [split for split in ("validation", "test") if any(Path(name).glob(f"{split}.*"))]
@@ -210,9 +210,7 @@ def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    origin = {"name": name}
-    if is_hub_id(name):
-        origin["revision"] = HfApi().dataset_info(name).sha
+    origin = {"name": name, "revision": HfApi().dataset_info(name).sha} if is_hub_id(name) else {"name": name}
     for split, part in splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (temporary / f"{split}.jsonl").write_text(text, encoding="utf-8")

@@ -114,8 +114,8 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str) -> Dataset:
-    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -124,17 +124,17 @@ def load_rows(name: str, split: str) -> Dataset:
     try:
         if files and files[0].suffix == ".jsonl":
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line)
+                json.loads(line if line.strip() else "{}")
         if files:
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
-        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error.__cause__ or error).split())[:300]}")
     if len(rows) == 0:
         fail(f"{name!r} has no rows in the split {split!r}.")
-    forms = (["prompt", "completion"], ["messages"], ["text"])
+    forms = (["prompt", "completion"], ["messages"], [text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
@@ -171,13 +171,12 @@ def describe_model(name: str, model) -> dict:
 def describe_machine() -> dict:
     """Versions of the packages, the accelerator, and the git commit of the folder of this script where it has one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "git_commit": shutil.which("git")
-        and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        or None,
+        "git_commit": commit or None,
     }
 
 
@@ -211,7 +210,7 @@ def main() -> None:
     model_args.use_peft = True
 
     # Data, tokenizer, base model
-    rows = load_rows(script_args.dataset_name, script_args.dataset_train_split)
+    rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
     name = model_args.model_name_or_path
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")

@@ -78,8 +78,8 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str) -> Dataset:
-    """Rows of a hub id, folder or file, with the columns text, or messages, or prompt and completion alone."""
+def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -88,17 +88,17 @@ def load_rows(name: str, split: str) -> Dataset:
     try:
         if files and files[0].suffix == ".jsonl":
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line)
+                json.loads(line if line.strip() else "{}")
         if files:
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
-        fail(f"cannot read {name!r}, {place}: {' '.join(str(error).split())[:300]}")
+        fail(f"cannot read {name!r}, {place}: {' '.join(str(error.__cause__ or error).split())[:300]}")
     if len(rows) == 0:
         fail(f"{name!r} has no rows in the split {split!r}.")
-    forms = (["prompt", "completion"], ["messages"], ["text"])
+    forms = (["prompt", "completion"], ["messages"], [text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
@@ -194,7 +194,8 @@ def held_out_loss(model, trainer: SFTTrainer, batch_size: int) -> tuple[float, i
     return total / count, count
 
 
-def write_markdown(report: dict) -> str:
+def format_report(report: dict) -> str:
+    """The report as Markdown: a table of losses, then each prompt with the answers."""
     base = report["models"][0]["loss"]
     lines = [
         "# Evaluation",
@@ -228,6 +229,8 @@ def main() -> None:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
+    if (Path(args.dataset_name) / "train.jsonl").is_file() and not any(Path(args.dataset_name).glob("validation.*")):
+        fail(f"{args.dataset_name} has no validation rows. Hold some out: make download ARGS='--validation_rows 50'")
     rows = load_rows(args.dataset_name, args.dataset_test_split)
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
 
@@ -249,7 +252,7 @@ def main() -> None:
     report = {"dataset": args.dataset_name, "rows": len(rows), "tokens": tokens, "prompts": prompts, "models": models}
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "evaluation.md").write_text(write_markdown(report), encoding="utf-8")
+    (output_dir / "evaluation.md").write_text(format_report(report), encoding="utf-8")
     write_json(output_dir / "evaluation.json", report)
     print(f"The report is {output_dir / 'evaluation.md'}")
 
