@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
 
 import pytest
 from conftest import run, write_rows
@@ -14,39 +15,57 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 @pytest.fixture
 def hub(tiny_model):
-    """Address and log of a hub with org/tiny (safetensors and .bin), org/pickled (.bin only) and org/gated."""
-    files = {file.name: file.read_bytes() for file in tiny_model.iterdir()} | {"pytorch_model.bin": b"pickle"}
-    files |= {"original/model.safetensors": b"twice"}
+    """Address and log of a hub with the models org/tiny, org/pickled (.bin only), org/gated and the data org/rows."""
+    model = {file.name: file.read_bytes() for file in tiny_model.iterdir()} | {"pytorch_model.bin": b"pickle"}
+    repositories = {
+        "org/tiny": model | {"original/model.safetensors": b"twice"},
+        "org/pickled": {name: content for name, content in model.items() if "safetensors" not in name},
+        "org/rows": {
+            f"data/{split}-00000-of-00001.jsonl": f'{{"text": "{split}"}}\n'.encode() for split in ("train", "test")
+        },
+    }
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            parts = self.path.strip("/").split("?")[0].split("/")
-            repository = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+            parts = unquote(self.path).strip("/").split("?")[0].split("/")
+            api = parts[0] == "api"
+            parts = [part for part in parts if part not in ("api", "models", "datasets")]
+            repository, rest = "/".join(parts[:2]), parts[2:]
             if repository == "org/gated":
                 return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-            if repository not in ("org/tiny", "org/pickled"):
+            if repository not in repositories:
                 return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-            names = [name for name in files if repository == "org/tiny" or not name.endswith(".safetensors")]
-            if parts[0] == "api" and "tree" in parts:
-                tree = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in names]
-                return self.answer(200, json.dumps(tree).encode(), {})
-            if parts[0] == "api":
-                info = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                return self.answer(200, json.dumps(info).encode(), {})
-            content = files["/".join(parts[4:])]
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            return self.answer(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            files = repositories[repository]
+            if not api:
+                content = files.get("/".join(rest[2:]))
+                if content is None:
+                    return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+                etag = f'"{hashlib.sha1(content).hexdigest()}"'
+                return self.answer(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            if rest[:1] in (["tree"], ["paths-info"]):
+                wanted = "/".join(rest[2:])
+                if self.command == "POST":
+                    body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                    names = [name for name in files if name in body["paths"]]
+                else:
+                    names = [name for name in files if name.startswith(wanted)]
+                folders = {"data"} if repository == "org/rows" and not wanted and self.command == "GET" else set()
+                answer = [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
+                answer += [{"type": "file", "path": n, "size": len(files[n]), "oid": "0" * 40} for n in names]
+            else:
+                answer = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            return self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def answer(self, status, body, headers):
             self.send_response(status)
             for key, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def log_message(self, *args):
@@ -58,10 +77,13 @@ def hub(tiny_model):
     server.shutdown()
 
 
+def hub_environment(folder, address):
+    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
+
+
 def download_model(name, folder, address="http://127.0.0.1:9", **environment):
-    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), **environment}
     args = ("--only", "model", "--model_name_or_path", name, "--output_dir", "out")
-    return run("01_download.py", *args, cwd=folder, **environment)
+    return run("01_download.py", *args, cwd=folder, **hub_environment(folder, address), **environment)
 
 
 def test_a_hub_model_comes_once_with_its_commit(hub, tiny_model, tmp_path):
@@ -143,3 +165,13 @@ def test_a_folder_brings_its_validation_rows(question_rows, tmp_path):
     for split in ("train", "validation"):
         fetched, given = (folder / f"{split}.jsonl" for folder in (tmp_path / "out/dataset", question_rows))
         assert [json.loads(line) for line in fetched.open()] == [json.loads(line) for line in given.open()]
+
+
+def test_a_hub_data_set_comes_with_its_commit_and_its_test_rows(hub, tmp_path):
+    args = ("--only", "dataset", "--dataset_name", "org/rows", "--output_dir", "out")
+    result = run("01_download.py", *args, cwd=tmp_path, **hub_environment(tmp_path, hub[0]))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "out/dataset/run.json").read_text())["dataset"]
+    assert (record["name"], record["revision"]) == ("org/rows", COMMIT)
+    assert (tmp_path / "out/dataset/train.jsonl").read_text() == '{"text": "train"}\n'
+    assert (tmp_path / "out/dataset/validation.jsonl").read_text() == '{"text": "test"}\n'
