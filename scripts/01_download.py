@@ -101,9 +101,10 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
-        fail(f"cannot read {name!r}, {place}: {' '.join(str(error.__cause__ or error).split())[:300]}")
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
+        fail(f"cannot read {name!r}, {place}: {reason}. Mend it, or give another data set.")
     if len(rows) == 0:
-        fail(f"{name!r} has no rows in the split {split!r}.")
+        fail(f"{name!r} has no rows in the split {split!r}. Give another data set, or another split.")
     forms = (["prompt", "completion"], ["messages"], [text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:

@@ -197,7 +197,7 @@ BAD_TRAINING = {
     "model folder": (["--model_name_or_path", "./nowhere"], "no model at './nowhere'"),
     "data set": (["--dataset_name", "nowhere.jsonl"], "no data set at 'nowhere.jsonl'"),
     "columns": (["--dataset_name", "columns.jsonl"], "has the columns ['question']"),
-    "empty": (["--dataset_name", "empty.jsonl"], "empty.jsonl"),
+    "empty": (["--dataset_name", "empty.jsonl"], "split 'train': no rows"),
     "json": (["--dataset_name", "bad.jsonl"], "line 3"),
     "null": (["--dataset_name", "null.jsonl"], "row 2"),
     "config": (["--config", "unknown.yaml"], "learning_rat"),
