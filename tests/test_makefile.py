@@ -23,6 +23,9 @@ case "$*" in
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
+VARIABLES = (
+    "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
+)
 TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", "02_train_lora", "plot_loss"]
 
 
