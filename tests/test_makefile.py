@@ -23,9 +23,7 @@ case "$*" in
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
-VARIABLES = (
-    "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
-)
+VARIABLES = "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
 TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", "02_train_lora", "plot_loss"]
 
 
@@ -47,9 +45,7 @@ class Project:
 
     def make(self, *args: str, **environment: str) -> subprocess.CompletedProcess:
         self.log.unlink(missing_ok=True)
-        clean = {
-            key: value for key, value in os.environ.items() if key not in ("OUT", "ARGS", "MAKEFLAGS", "MAKELEVEL")
-        }
+        clean = {key: value for key, value in os.environ.items() if key not in VARIABLES.split()}
         command = ["make", *args]
         return subprocess.run(
             command, cwd=self.folder, env=clean | {"LOG": str(self.log)} | environment, capture_output=True, text=True
