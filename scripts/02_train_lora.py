@@ -4,7 +4,8 @@
 #     "torch==2.13.0",
 #     "transformers==5.23.0; python_version >= '3.11'",
 #     "transformers==5.20.2; python_version < '3.11'",
-#     "trl==1.16.0",
+#     "trl==1.16.0; python_version >= '3.11'",
+#     "trl==1.14.2; python_version < '3.11'",
 #     "peft==0.21.2",
 #     "datasets==5.2.0",
 #     "accelerate==1.15.0",
@@ -47,7 +48,7 @@ if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 # Fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -232,6 +233,7 @@ def main() -> None:
     if not training_args.resume_from_checkpoint:
         shutil.rmtree(training_args.output_dir, ignore_errors=True)
     trainer_class = SFTTrainer if script_args.token_metrics else PlainLossTrainer
+    set_seed(training_args.seed)  # the adapter's first values are random
     try:
         trainer = trainer_class(
             model=model,
