@@ -16,7 +16,7 @@ MAKEFLAGS += --no-builtin-rules
 # they stand: nothing in them is expanded by Make.
 hash := \#
 dotenv = $(if $(wildcard .env),$(shell sed -n -E "s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*//p" .env \
-	| tail -n 1 | sed -E -e "/^['\"]/!s/(^|[[:space:]]+)$(hash).*//" -e 's/[[:space:]]+$$//' -e "s/^'(.*)'$$/\1/" -e 's/^"(.*)"$$/\1/'))
+	| tail -n 1 | sed -E -e "/^['\"]/!s/(^|[[:space:]]+)$(hash).*//" -e 's/[[:space:]]+$$//' -e "s/^'([^']*)'.*/\1/" -e 's/^"([^"]*)".*/\1/'))
 define setting
 ifneq ($$(origin $(1)),command line)
 override $(1) := $$(or $$(value $(1)),$$(call dotenv,$(1)),$(2))
@@ -27,6 +27,7 @@ endef
 $(eval $(call setting,OUT,outputs))
 $(eval $(call setting,BASE_MODEL,embedded))
 $(eval $(call setting,DATASET,data))
+$(eval $(call setting,VALIDATION_ROWS,0))
 $(eval $(call setting,RECIPE,$(if $(filter embedded,$(BASE_MODEL)),embedded)))
 $(eval $(call setting,ARGS,))
 $(eval $(call setting,PROMPT,What is a large language model?))
@@ -37,7 +38,7 @@ $(eval $(call setting,VENV,.venv))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
-export BASE_MODEL DATASET PROMPT
+export BASE_MODEL DATASET PROMPT VALIDATION_ROWS
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -65,14 +66,15 @@ help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-12s %s\n", $$1, $$2 }'
 	echo "Variables, on the command line, in the environment or in .env:"
-	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) RECIPE=$(RECIPE) BACKEND=$(BACKEND) PYTHON=$(PYTHON)"
-	echo "  VENV=$(VENV) FROM=$(FROM) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
+	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) PROMPT=\"...\" ARGS=\"more options for the step\""
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm)
 	@echo "$(VENV) is up to date"
 
 check-gpu: | $(VENV)/installed ## check the accelerators and the packages
-	$(PY) scripts/00_check_gpu.py --output $(OUT)/check/report.json $(ARGS)
+	$(PY) scripts/00_check_gpu.py --output $(OUT)/check/report.json $(ARGS) ||
+		{ mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
@@ -94,7 +96,7 @@ test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 
 bench: $(call wanted,base-model) $(call wanted,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop
-	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset $(ARGS)
+	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset $(if $(recipe_file),--recipe $(recipe_file)) $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -103,7 +105,7 @@ clean: ## remove what the steps left in OUT
 	@rm -rf $(addprefix $(OUT)/,.args check base-model base-model.tmp dataset dataset.tmp lora report)
 
 distclean: clean ## remove the Python environment too
-	@if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+	@if [ -e $(VENV)/backend ]; then rm -rf $(VENV); fi
 	rm -f $(VENV).settings
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ distclean: clean ## remove the Python environment too
 args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(file <$(OUT)/.args/$(1)))
 $(VENV).settings: export TEXT = $(PYTHON) $(BACKEND)
 $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
-$(OUT)/.args/dataset: export TEXT = $(DATASET)
+$(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
 $(OUT)/.args/recipe: export TEXT = $(recipe_file)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
 keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; }
@@ -130,8 +132,8 @@ $(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).setti
 		echo "error: $$("$$python" --version) is too old, 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
 	"$$python" -c 'import venv, ensurepip' 2> /dev/null || {
 		echo "error: $$python has no venv module. Type: apt install python3-venv" >&2; exit 1; }
-	if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then
-		echo "error: VENV=$(VENV) is there and is no virtual environment. Name another: make VENV=.venv" >&2; exit 1; fi
+	if [ -e $(VENV) ] && [ ! -e $(VENV)/backend ]; then
+		echo "error: VENV=$(VENV) is there and was not made by this Makefile. Name another: make VENV=.venv" >&2; exit 1; fi
 	backend="$(BACKEND)"
 	if [ "$$backend" = auto ]; then
 		if [ -e /dev/kfd ] && command -v amd-smi rocminfo > /dev/null; then backend=rocm
@@ -143,11 +145,12 @@ $(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).setti
 	case "$$backend" in
 		cpu) index="--extra-index-url https://download.pytorch.org/whl/cpu" ;;
 		cuda) index="" ;;
-		rocm) index="--extra-index-url https://download.pytorch.org/whl/rocm7.2" more="$$index" ;;
+		rocm) index="--index-url https://download.pytorch.org/whl/rocm7.2" more="--extra-$${index#--}" ;;
 		*) echo "error: BACKEND=$$backend is unknown. Type: make setup BACKEND=auto, cpu, cuda or rocm" >&2; exit 1 ;;
 	esac
 	set -x
 	"$$python" -m venv --clear $(VENV)
+	echo "$$backend" > $(VENV)/backend
 	$(PY) -m pip install --no-deps -r env/requirements-torch.txt $$index
 	$(PY) -m pip install -r env/requirements.txt $$more
 	{ set +x; } 2> /dev/null
@@ -158,19 +161,23 @@ $(VENV)/tested: env/requirements-test.txt $(VENV)/installed
 	touch $@
 
 $(OUT)/check/report.json: scripts/00_check_gpu.py | $(VENV)/installed
-	$(PY) scripts/00_check_gpu.py --output $@
+	$(PY) scripts/00_check_gpu.py --output $@ $$([ "$$(<$(VENV)/backend)" = cpu ] || echo --require gpu)
 
 # Steps ----------------------------------------------------------------------------------------------------------------
-$(OUT)/base-model/run.json: scripts/01_download.py $(OUT)/.args/base-model $(OUT)/.args/download | $(ready)
+$(OUT)/base-model/run.json: scripts/01_download.py $(wildcard $(addprefix $(BASE_MODEL)/,*.safetensors *.json)) \
+		$(OUT)/.args/base-model $(OUT)/.args/download | $(ready)
 	$(PY) scripts/01_download.py --only model --model_name_or_path="$$BASE_MODEL" --output_dir $(OUT) $(call args,download)
 
-$(OUT)/dataset/run.json: scripts/01_download.py $(wildcard $(DATASET) $(DATASET)/*.*) $(OUT)/.args/dataset $(OUT)/.args/download | $(ready)
-	$(PY) scripts/01_download.py --only dataset --dataset_name="$$DATASET" --output_dir $(OUT) $(call args,download)
+$(OUT)/dataset/run.json: scripts/01_download.py $(wildcard $(DATASET) $(addprefix $(DATASET)/*.,jsonl json csv parquet)) \
+		$(OUT)/.args/dataset $(OUT)/.args/download | $(ready)
+	$(PY) scripts/01_download.py --only dataset --dataset_name="$$DATASET" --validation_rows="$$VALIDATION_ROWS" \
+		--output_dir $(OUT) $(call args,download)
 
+# The audit takes the options of the training too: they may change what is learned.
 $(OUT)/dataset/audit.json: scripts/audit_tokens.py $(OUT)/base-model/run.json $(OUT)/dataset/run.json $(recipe_file) \
-		$(OUT)/.args/recipe $(OUT)/.args/audit
+		$(addprefix $(OUT)/.args/,recipe audit train-lora)
 	$(PY) scripts/audit_tokens.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(recipe) \
-		--output $@ $(call args,audit)
+		$(call args,train-lora) $(call args,audit) --output $@
 
 $(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora
 	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(recipe) \
@@ -180,6 +187,6 @@ $(OUT)/lora/loss.png: scripts/plot_loss.py $(OUT)/lora/run.json
 	$(PY) scripts/plot_loss.py $(OUT)/lora/run.json --output $@
 
 $(OUT)/report/evaluation.json: scripts/evaluate.py $(call wanted,lora) $(call wanted,dataset) $(OUT)/.args/evaluate \
-		$(wildcard $(OUT)/lora/adapter/adapter_model.safetensors $(OUT)/dataset/validation.jsonl) | $(ready)
+		$(wildcard $(addprefix $(OUT)/,base-model/config.json lora/adapter/adapter_model.safetensors dataset/validation.jsonl)) | $(ready)
 	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(OUT)/lora/adapter --dataset_name $(OUT)/dataset \
 		--output_dir $(OUT)/report $(call args,evaluate)

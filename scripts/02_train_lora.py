@@ -116,7 +116,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
-    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
+    """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -127,7 +127,8 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
                 json.loads(line if line.strip() else "{}")
         if files:
-            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+            options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
@@ -142,7 +143,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
     if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
         fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
-    return rows.select_columns(form)
+    return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
 def format_rows(rows: Dataset, tokenizer) -> Dataset:
@@ -160,8 +161,9 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
 
 def describe_model(name: str, model) -> dict:
     """Origin of the weights: as 01_download.py noted it, or hub id and commit, or sha256 of the safetensors files."""
-    if (note := Path(name, "run.json")).is_file():
-        return json.loads(note.read_text(encoding="utf-8"))["base_model"]
+    note = Path(name, "run.json")
+    if note.is_file() and (origin := json.loads(note.read_text(encoding="utf-8")).get("base_model")):
+        return origin
     if not Path(name).is_dir():
         return {"name": name, "revision": model.config._commit_hash}
     digest = hashlib.sha256()
@@ -223,15 +225,14 @@ def main() -> None:
             name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args), **hub,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    base = describe_model(name, model)
 
     # Train the adapter: the trainer puts the LoRA layers into the model
     (output_dir / "run.json").unlink(missing_ok=True)
-    if not training_args.resume_from_checkpoint:
-        shutil.rmtree(training_args.output_dir, ignore_errors=True)
     trainer_class = SFTTrainer if script_args.token_metrics else PlainLossTrainer
     set_seed(training_args.seed)  # the adapter's first values are random
     try:
@@ -244,13 +245,17 @@ def main() -> None:
         )
     except ValueError as error:
         fail(" ".join(str(error).split()))
+    if not training_args.resume_from_checkpoint:
+        for old in [*output_dir.glob("checkpoints/checkpoint-*"), *output_dir.glob("checkpoints/runs")]:
+            shutil.rmtree(old)  # of an earlier run: the newest by number would outlive those of this one
     trainer.model.print_trainable_parameters()
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
-    base = describe_model(name, model)
+    if not trainer.is_world_process_zero():
+        return
     if "revision" in base:
         config = trainer.model.peft_config["default"]
         config.base_model_name_or_path, config.revision = base["name"], base["revision"]
@@ -265,11 +270,16 @@ def main() -> None:
         "base_model": base,
         "dataset": {
             "name": script_args.dataset_name,
-            "origin": json.loads(note.read_text(encoding="utf-8"))["dataset"]["name"] if note.is_file() else None,
+            "origin": json.loads(note.read_text(encoding="utf-8")).get("dataset") if note.is_file() else None,
             "rows": len(rows),
             "sha256": hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest(),
         },
-        "arguments": {**asdict(script_args), **asdict(model_args), **training_args.to_dict()},
+        "arguments": {
+            **asdict(script_args),
+            **asdict(model_args),
+            **training_args.to_dict(),  # hides hub_token, and with it all that ends like it
+            "eos_token": training_args.eos_token,
+        },
         **describe_machine(),
         "parameters": {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total},
         "metrics": metrics,

@@ -75,22 +75,26 @@ def is_hub_id(name: str) -> bool:
 
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
-    adapter_config = Path(name, "adapter_config.json")
-    base = name
-    if adapter_config.is_file():
-        base = base_model or json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not (adapter_config.is_file() or Path(name, "config.json").is_file() or is_hub_id(name)):
+    folder, base, revision = Path(name), name, None
+    if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
-    if not (Path(base, "config.json").is_file() or is_hub_id(base)):
-        fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+    if (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+            fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
+        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+            fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name if (folder / "tokenizer_config.json").is_file() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
         if base != name:
             model = PeftModel.from_pretrained(model, name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each kind of file raises its own
         fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
@@ -144,6 +148,7 @@ def main() -> None:
         rows = [
             {"prompt": p, "answer": a, "model": args.model_name_or_path} for p, a in zip(prompts, answers, strict=True)
         ]
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(args.output).with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(args.output)

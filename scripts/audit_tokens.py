@@ -35,7 +35,6 @@ from pathlib import Path
 from dotenv import find_dotenv, load_dotenv
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tokens need no accelerator
 
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -75,7 +74,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
-    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
+    """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -86,7 +85,8 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
                 json.loads(line if line.strip() else "{}")
         if files:
-            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+            options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
@@ -101,7 +101,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
     if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
         fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
-    return rows.select_columns(form)
+    return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
 def format_rows(rows: Dataset, tokenizer) -> Dataset:
@@ -156,7 +156,7 @@ def audit(rows: Dataset, tokenizer, max_length: int | None) -> tuple[dict, list[
     problems = {
         "begin with two BOS": double_bos,
         "lack the BOS that the tokenizer adds": no_bos,
-        "have no EOS in the labels: the model would not learn to stop": no_eos,
+        f"have no {tokenizer.eos_token} in the labels: the model would not learn to stop (or: --eos_token)": no_eos,
         "have no token to learn from within --max_length": no_loss,
     }
     return counts, [f"{len(bad)} rows {what} (first: row {bad[0]})" for what, bad in problems.items() if bad]
@@ -184,7 +184,9 @@ def main() -> None:
     )
     parser.set_defaults(**PARAMETERS)
     try:
-        script_args, model_args, args = parser.parse_args_and_config(fail_with_unknown_args=False)[:3]
+        # Tokens need no accelerator; options of the training scripts that are not known here change no token.
+        argv = [*sys.argv[1:], "--use_cpu", "true"]
+        script_args, model_args, args = parser.parse_args_and_config(argv, return_remaining_strings=True)[:3]
     except Exception as error:  # of the file, of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     if script_args.output:
@@ -196,13 +198,22 @@ def main() -> None:
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:300]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token
 
-    max_length, args.max_length, args.packing, args.report_to = args.max_length, None, False, []
+    max_length, args.max_length, args.packing, args.padding_free, args.report_to = (
+        args.max_length,
+        None,
+        False,
+        False,
+        [],
+    )
     with tempfile.TemporaryDirectory() as args.output_dir:
-        trainer = tokenize_rows(rows, tokenizer, args)
+        try:
+            trainer = tokenize_rows(rows, tokenizer, args)
+        except ValueError as error:
+            fail(" ".join(str(error).split()))
         report, problems = audit(trainer.train_dataset, tokenizer, max_length)
         # The batches of the first epoch, cut as the training script cuts them
         trainer.train_dataset = trainer.train_dataset.map(

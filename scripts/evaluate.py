@@ -22,6 +22,7 @@ Writes  report/evaluation.md and report/evaluation.json: loss (nats per token), 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -80,7 +81,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
-    """Rows of a hub id, folder or file, with the columns prompt and completion, or messages, or text_field alone."""
+    """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
@@ -91,7 +92,8 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
                 json.loads(line if line.strip() else "{}")
         if files:
-            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train")
+            options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
+            rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split)
     except Exception as error:  # each reader raises its own kind
@@ -106,7 +108,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
     if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
         fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
-    return rows.select_columns(form)
+    return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
 def format_rows(rows: Dataset, tokenizer) -> Dataset:
@@ -131,38 +133,44 @@ def tokenize_rows(rows: Dataset, tokenizer, args: SFTConfig) -> SFTTrainer:
 
 
 def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
-    """The first prompts of the rows with the answers that stand there, or the tutorial's query for rows of text."""
-    if rows.column_names == ["text"]:
+    """Questions of the first rows with the answers that stand there, or the tutorial's query for rows of text."""
+    if not {"prompt", "messages"} & set(rows.column_names):
         return [{"prompt": "What is a large language model?", "reference": None}]
     chosen = []
     for row in rows.select(range(min(count, len(rows)))):
-        prompt, answer = (row["prompt"], row["completion"]) if "prompt" in row else (row["messages"], None)
-        if isinstance(prompt, list):
-            prompt = next(message["content"] for message in prompt if message["role"] == "user")
-        if isinstance(answer, list):
-            answer = answer[-1]["content"]
-        chosen.append({"prompt": prompt, "reference": answer})
+        if "messages" in row:
+            number = next(i for i, message in enumerate(row["messages"]) if message["role"] == "user")
+            question, *answer = (message["content"] for message in row["messages"][number : number + 2])
+        elif isinstance(row["prompt"], str):
+            question, answer = row["prompt"], [row["completion"]]
+        else:
+            question, answer = row["prompt"][-1]["content"], [row["completion"][-1]["content"]]
+        chosen.append({"prompt": question, "reference": answer[0] if answer else None})
     return chosen
 
 
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
-    adapter_config = Path(name, "adapter_config.json")
-    base = name
-    if adapter_config.is_file():
-        base = base_model or json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not (adapter_config.is_file() or Path(name, "config.json").is_file() or is_hub_id(name)):
+    folder, base, revision = Path(name), name, None
+    if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
-    if not (Path(base, "config.json").is_file() or is_hub_id(base)):
-        fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+    if (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+            fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
+        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+            fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name if (folder / "tokenizer_config.json").is_file() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
         if base != name:
             model = PeftModel.from_pretrained(model, name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each kind of file raises its own
         fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
@@ -181,6 +189,17 @@ def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list
         options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along
     outputs = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
     return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def check_training_rows(models: list[str], dataset_name: str) -> None:
+    """Refuses a model that was trained on other rows than those beside the held-out ones: they may be among them."""
+    if not Path(dataset_name, "train.jsonl").is_file():
+        return
+    sha256 = hashlib.sha256(json.dumps(load_rows(dataset_name, "train")[:]).encode()).hexdigest()
+    for model in models:
+        note = Path(model).parent / "run.json"
+        if note.is_file() and json.loads(note.read_text(encoding="utf-8"))["dataset"]["sha256"] != sha256:
+            fail(f"{model} was trained on other rows than {dataset_name}/train.jsonl. Train again: make train-lora")
 
 
 @torch.inference_mode()
@@ -232,8 +251,11 @@ def main() -> None:
     except ValueError as error:
         fail(f"{error} See --help.")
     if (Path(args.dataset_name) / "train.jsonl").is_file() and not any(Path(args.dataset_name).glob("validation.*")):
-        fail(f"{args.dataset_name} has no validation rows. Hold some out: make download ARGS='--validation_rows 50'")
+        fail(
+            f"{args.dataset_name} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=..."
+        )
     rows = load_rows(args.dataset_name, args.dataset_test_split)
+    check_training_rows(args.models, args.dataset_name)
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
 
     models = []
@@ -241,17 +263,22 @@ def main() -> None:
         model, tokenizer = load_model(path, args.base_model, args.dtype)
         if not models:
             with tempfile.TemporaryDirectory() as folder:
-                config = SFTConfig(folder, max_length=args.max_length, bf16=False, report_to=[])
+                config = SFTConfig(folder, max_length=args.max_length, use_cpu=True, bf16=False, report_to=[])
                 trainer = tokenize_rows(rows, tokenizer, config)
+            if len(trainer.train_dataset) == 0:
+                fail(f"no row has a token with loss within --max_length {args.max_length}. Give a larger one.")
         loss, tokens = held_out_loss(model, trainer, args.batch_size)
         texts = [prompt["prompt"] for prompt in prompts]
         raw = not tokenizer.chat_template
         answers = generate(model, tokenizer, texts, raw, max_new_tokens=args.max_new_tokens, do_sample=False)
-        name = "base" if not models else Path(path).parent.name if Path(path).name in ("adapter", "model") else path
+        folder = Path(path).resolve()
+        name = "base" if not models else folder.parent.name if folder.name in ("adapter", "model") else path
         models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
         print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
+        del model  # before the next one is loaded
 
-    report = {"dataset": args.dataset_name, "rows": len(rows), "tokens": tokens, "prompts": prompts, "models": models}
+    count = len(trainer.train_dataset)
+    report = {"dataset": args.dataset_name, "rows": count, "tokens": tokens, "prompts": prompts, "models": models}
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "evaluation.md").write_text(format_report(report), encoding="utf-8")

@@ -26,30 +26,28 @@ def fail(message: str) -> None:
 
 
 def read_history(file: Path) -> list[dict]:
-    """The log entries of a run; each has a step, and a loss or an eval_loss among others."""
+    """The log entries of a run; each has a step, and most a loss."""
     try:
         history = json.loads(file.read_text(encoding="utf-8"))["history"]
     except FileNotFoundError:
         fail(f"no run at {file}. Train first, for example: make train-lora")
     except (ValueError, KeyError, TypeError):
         fail(f"{file} is not the run.json of a training run.")
-    if not any("loss" in entry for entry in history):
-        fail(f"{file} has no loss in its history. Train for more steps than --logging_steps.")
     return history
 
 
 def plot(histories: dict[str, list[dict]], output: Path) -> None:
-    """One line of training loss a run, over optimizer steps, and points where held-out loss was measured."""
+    """One line of training loss a run, over optimizer steps."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, history in histories.items():
+        # A run shorter than --logging_steps has only the mean of the whole.
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        (line,) = axes.plot(*zip(*points, strict=True), marker=".", label=name)
-        held_out = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o", mfc="none", color=line.get_color(), label=f"{name}, held out")
+        points = points or [(entry["step"], entry["train_loss"]) for entry in history if "train_loss" in entry]
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
     axes.set(xlabel="optimizer step", ylabel="loss (cross-entropy, nats per token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
 
 

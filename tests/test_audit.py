@@ -69,7 +69,14 @@ def test_an_eos_without_loss_stops_the_chain(audit, tiny_model, tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red"}]
     result, report = audit([{"messages": messages}], model=model)
     assert result.returncode == 1 and report is None
-    assert "no EOS in the labels" in result.stderr and "Traceback" not in result.stderr
+    assert "no </s> in the labels" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_options_of_the_training_are_taken_and_need_no_accelerator(audit):
+    args = ("--bf16", "true", "--padding_free", "true", "--packing", "true", "--token_metrics", "false", "--lora_r", 8)
+    result, report = audit([{"text": "a b c"}] * 4, *args)
+    assert result.returncode == 0, result.stderr
+    assert report["tokens"] == 4 * 5
 
 
 def test_prompts_that_fill_max_length_stop_the_chain(audit):

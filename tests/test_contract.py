@@ -1,12 +1,13 @@
 """Each script stands alone: pins, imports, help."""
 
 import ast
+import os
 import re
 import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, run
+from conftest import ROOT, SCRIPTS, load, run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,3 +77,24 @@ def test_check_gpu_runs_where_nothing_is_installed(tmp_path):
     assert "MISSING" in result.stdout and "pip install torch transformers" in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "report.json").is_file()
+
+
+def test_the_audit_assumes_what_the_training_sets():
+    assert load("audit_tokens.py").PARAMETERS.items() <= load("02_train_lora.py").PARAMETERS.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [({}, "0"), ({"HIP_VISIBLE_DEVICES": "2"}, None), ({"LOCAL_RANK": "0"}, None)]
+)
+@pytest.mark.parametrize("script", ["02_train_lora.py", "05_generate.py", "evaluate.py"])
+def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(
+    script, given, seen, tmp_path, monkeypatch
+):
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(tmp_path)
+    source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
+    exec(source[source.index("import argparse") : source.index("import torch\n")], {"__name__": script})
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen

@@ -134,6 +134,13 @@ def test_a_local_model_is_linked_and_the_old_one_stays_until_the_new_is_whole(ti
     assert (model / "run.json").exists()
 
 
+def test_a_model_is_not_linked_to_itself(tiny_model, tmp_path):
+    assert download_model(tiny_model, tmp_path).returncode == 0
+    result = download_model("out/base-model", tmp_path)
+    assert result.returncode == 1 and "is where the base model goes" in result.stderr
+    assert (tmp_path / "out/base-model/config.json").read_bytes()
+
+
 def fetch_data(folder, data, *args):
     return run("01_download.py", "--only", "dataset", "--dataset_name", data, "--output_dir", "out", *args, cwd=folder)
 
@@ -175,3 +182,12 @@ def test_a_hub_data_set_comes_with_its_commit_and_its_test_rows(hub, tmp_path):
     assert (record["name"], record["revision"]) == ("org/rows", COMMIT)
     assert (tmp_path / "out/dataset/train.jsonl").read_text() == '{"text": "train"}\n'
     assert (tmp_path / "out/dataset/validation.jsonl").read_text() == '{"text": "test"}\n'
+
+
+def test_a_folder_laid_out_as_on_a_hub_brings_its_validation_rows(tmp_path):
+    (tmp_path / "given/data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"given/data/{split}-00000-of-00001.jsonl", [{"text": split}])
+    result = fetch_data(tmp_path, "given")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/dataset/validation.jsonl").read_text() == '{"text": "validation"}\n'

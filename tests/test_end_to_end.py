@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -12,10 +13,22 @@ from conftest import ROOT
 def make(tmp_path_factory):
     """Runs make in the repository, with results in a folder of this test's and without a .env."""
     output = tmp_path_factory.mktemp("embedded")
+    environment = Path(sys.prefix)
+    if not (environment / "installed").exists():
+        pytest.skip(f"{environment} was not made by make setup")
+    python, backend = environment.with_name(environment.name + ".settings").read_text().split()
 
     def run_make(target, *variables):
         command = ["make", target, f"OUT={output}", f"VENV={sys.prefix}", "BASE_MODEL=embedded", "DATASET=data"]
-        result = subprocess.run([*command, "ARGS=", *variables], cwd=ROOT, capture_output=True, text=True)
+        command += [
+            f"PYTHON={python}",
+            f"BACKEND={backend}",
+            "RECIPE=embedded",
+            "VALIDATION_ROWS=0",
+            "ARGS=",
+            *variables,
+        ]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
@@ -33,7 +46,7 @@ def test_train_infer_evaluate(make):
     record = json.loads((make.output / "lora/run.json").read_text())
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     assert len(losses) == 3 and losses[0] > losses[2]
-    assert record["dataset"]["origin"] == "data" and record["base_model"]["name"] == "SmolLM2-135M-Instruct"
+    assert record["dataset"]["origin"]["name"] == "data" and record["base_model"]["name"] == "SmolLM2-135M-Instruct"
     assert record["metrics"]["peak_memory_bytes"] < 4 * 2**30
     assert (make.output / "lora/loss.png").stat().st_size > 10_000
     assert "02_train_lora.py" not in make("train-lora", steps)

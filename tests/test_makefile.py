@@ -39,7 +39,7 @@ class Project:
         python.parent.mkdir(parents=True)
         python.write_text(STAND_IN)
         python.chmod(0o755)
-        (folder / ".venv/pyvenv.cfg").touch()
+        (folder / ".venv/backend").write_text("cpu\n")
         (folder / ".venv.settings").write_text("python3 auto\n")
         (folder / ".venv/installed").touch()
 
@@ -97,6 +97,7 @@ def test_no_target_prints_the_targets(project):
         ("scripts/plot_loss.py", ["plot_loss"]),
         ("env/recipes/embedded.yaml", ["audit_tokens", "02_train_lora", "plot_loss"]),
         ("data/train.jsonl", ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]),
+        (".venv/installed", []),
         ("README.md", []),
     ],
 )
@@ -110,22 +111,26 @@ def test_a_changed_file_runs_what_depends_on_it(trained, changed, again):
 
 def test_other_arguments_train_again_and_stay_with_their_step(trained):
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
-    assert trained.steps() == ["02_train_lora", "plot_loss"]
-    assert trained.commands()[0].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
+    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
+    assert "--max_steps 5 --run_name a b --output" in trained.commands()[0]
+    assert trained.commands()[1].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
     trained.make("infer", "ARGS=--max_new_tokens 3")
     assert trained.steps() == ["05_generate"]
     assert "--max_new_tokens 3" in trained.commands()[0]
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
     assert trained.steps() == []
     trained.make("train-lora")
-    assert trained.steps() == ["02_train_lora", "plot_loss"]
+    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
 
 
 def test_other_data_or_recipe_runs_the_chain_from_there(trained):
     trained.make("train-lora", "DATASET=other.jsonl")
     assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
     assert "--dataset_name=other.jsonl" in trained.commands()[0]
-    trained.make("train-lora", "DATASET=other.jsonl", "RECIPE=")
+    trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9")
+    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert "--validation_rows=9" in trained.commands()[0]
+    trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
     assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
     assert "--config" not in " ".join(trained.commands())
 
@@ -143,6 +148,33 @@ def test_infer_and_evaluate_take_what_is_there_and_make_what_is_not(project):
     assert project.steps() == []
     project.make("infer", "FROM=base", "OUT=newer")
     assert project.steps() == ["00_check_gpu", "01_download", "05_generate"]
+
+
+def test_a_changed_model_folder_is_fetched_again_and_evaluated_again(trained):
+    model = trained.folder / "model"
+    model.mkdir()
+    (model / "model.safetensors").touch()
+    trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
+    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    future = time.time() + 2
+    os.utime(model / "model.safetensors", (future, future))
+    trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
+    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+
+
+def test_an_accelerator_is_required_where_torch_is_built_for_one(project):
+    (project.folder / ".venv/backend").write_text("rocm\n")
+    project.make("download")
+    assert "--require gpu" in project.commands()[0]
+
+
+def test_a_failed_check_is_not_taken_for_done(project):
+    python = project.folder / ".venv/bin/python"
+    python.write_text(STAND_IN + 'case "$*" in *check_gpu*) exit 1 ;; esac\n')
+    assert project.make("check-gpu").returncode == 2
+    assert [file.name for file in (project.folder / "outputs/check").iterdir()] == ["not-ready.json"]
+    assert project.make("download").returncode == 2
+    assert project.steps() == ["00_check_gpu"]
 
 
 def test_a_failed_step_is_run_again(project):
@@ -165,7 +197,13 @@ def test_a_prompt_is_just_text(trained, prompt):
 
 
 def test_env_file_gives_defaults_that_environment_and_command_line_override(trained):
-    lines = ["# settings", "PROMPT='from file $(HOME)'  ", "export FROM=base # a comment", "DATASET=", 'VENV=".venv"\r']
+    lines = [
+        "# settings",
+        "PROMPT='from file $(HOME)'  ",
+        "export FROM=base # a comment",
+        "DATASET=",
+        'VENV=".venv" # x\r',
+    ]
     (trained.folder / ".env").write_text("\n".join(lines))
     trained.make("infer")
     assert "--model_name_or_path outputs/base-model --prompt=from file $(HOME)" in trained.commands()[0]
@@ -195,7 +233,7 @@ def test_env_example_is_the_tutorial_without_a_recipe(project):
         (["help", "MAKE_VERSION=3.81"], "GNU Make 3.81 is too old"),
         (["setup", "BACKEND=tpu"], "BACKEND=tpu is unknown"),
         (["setup", "PYTHON=./nowhere"], "no ./nowhere"),
-        (["setup", "VENV=data"], "is no virtual environment"),
+        (["setup", "VENV=data"], "was not made by this Makefile"),
     ],
 )
 def test_wrong_variables_are_named(project, args, said):

@@ -133,6 +133,52 @@ def test_an_adapter_of_a_hub_model_names_the_hub_id(tiny_model, question_rows, t
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
 
 
+def test_an_adapter_runs_on_its_own_base_only_and_without_its_tokenizer(trained, tiny_model, tmp_path):
+    generate = load("05_generate.py")
+    run_folder = shutil.copytree(trained, tmp_path / "lora")
+    (run_folder / "adapter/tokenizer_config.json").unlink()
+    generate.load_model(str(run_folder / "adapter"), None, "float32")
+    base = shutil.copytree(tiny_model, tmp_path / "other")
+    (base / "run.json").write_text('{"base_model": {"name": "another"}}')
+    with pytest.raises(SystemExit, match="was trained on .* Train it again"):
+        generate.load_model(str(run_folder / "adapter"), str(base), "float32")
+
+
+def test_a_model_is_not_measured_beside_rows_it_was_not_trained_on(trained, question_rows, tmp_path):
+    evaluate = load("evaluate.py")
+    evaluate.check_training_rows([str(trained / "adapter")], str(question_rows))
+    rows = (question_rows / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(SystemExit, match="trained on other rows"):
+        evaluate.check_training_rows([str(trained / "adapter")], str(tmp_path))
+
+
+def test_questions_of_the_report_belong_to_their_answers():
+    from datasets import Dataset
+
+    def say(*words):
+        return [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, words, strict=False)]
+
+    choose = load("evaluate.py").choose_prompts
+    chats = Dataset.from_list([{"messages": say("a", "red", "b", "blue")}])
+    assert choose(chats) == [{"prompt": "a", "reference": "red"}]
+    turns = Dataset.from_list([{"prompt": say("a", "red", "b"), "completion": say("", "blue")[1:]}])
+    assert choose(turns) == [{"prompt": "b", "reference": "blue"}]
+    assert choose(Dataset.from_list([{"prompt": "a", "completion": "red"}])) == [{"prompt": "a", "reference": "red"}]
+
+
+def test_only_checkpoints_of_its_own_are_removed_and_a_short_run_has_a_picture(tiny_model, question_rows, tmp_path):
+    own, foreign = tmp_path / "lora/checkpoints/checkpoint-99", tmp_path / "lora/checkpoints/mine.pt"
+    own.mkdir(parents=True)
+    foreign.touch()
+    args = ("--max_steps", "1", "--logging_steps", "50")
+    assert train(tiny_model, question_rows, tmp_path / "lora", *args).returncode == 0
+    assert foreign.exists() and not own.exists()
+    result = run("plot_loss.py", "lora/run.json", "--output", "new/loss.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "new/loss.png").exists()
+
+
 def test_config_file_sets_and_command_line_overrides(tiny_model, question_rows, tmp_path):
     (tmp_path / "recipe.yaml").write_text("lora_r: 4\nmax_steps: 3\nlearning_rate: 1.0e-3\n")
     result = train(
