@@ -87,7 +87,7 @@ train-lora: $(OUT)/lora/run.json $(OUT)/lora/loss.png ## fine-tune with LoRA and
 
 infer: $(call wanted,$(from_step)) | $(ready) ## answer PROMPT="..." with FROM=adapter|base
 	$(PY) scripts/05_generate.py --model_name_or_path $(OUT)/$(model_$(FROM)) \
-		$(if $(filter adapter,$(FROM)),--base_model $(OUT)/base-model) --prompt="$$PROMPT" $(ARGS)
+		$(if $(filter adapter,$(FROM)),--base_model $(OUT)/base-model) $(if $(findstring --prompts_file,$(ARGS)),,--prompt="$$PROMPT") $(ARGS)
 
 evaluate: $(OUT)/report/evaluation.json ## held-out loss and answers, before and after training
 	@cat $(OUT)/report/evaluation.md
@@ -174,7 +174,7 @@ $(OUT)/dataset/run.json: scripts/01_download.py $(wildcard $(DATASET) $(addprefi
 		--output_dir $(OUT) $(call args,download)
 
 # The audit takes the options of the training too: they may change what is learned.
-$(OUT)/dataset/audit.json: scripts/audit_tokens.py $(OUT)/base-model/run.json $(OUT)/dataset/run.json $(recipe_file) \
+$(OUT)/dataset/audit.json: scripts/audit_tokens.py $(OUT)/dataset/run.json $(OUT)/base-model/run.json $(recipe_file) \
 		$(addprefix $(OUT)/.args/,recipe audit train-lora)
 	$(PY) scripts/audit_tokens.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(recipe) \
 		$(call args,train-lora) $(call args,audit) --output $@

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 # The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
@@ -155,8 +155,10 @@ def download_model(name: str, revision: str) -> tuple[Path, dict]:
         )
     except RepositoryNotFoundError:
         fail(f"there is no model {name!r} on the Hub, or it is private. Check the name, or set HF_TOKEN in .env.")
-    except (HfHubHTTPError, OSError) as error:
-        fail(f"cannot fetch {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
+    except Exception as error:  # no network, an interrupted transfer, a full disk
+        fail(
+            f"cannot fetch {name!r} from the Hub: {' '.join(str(error).split())[:300]} Type the command again to go on."
+        )
     return Path(folder), {"name": name, "revision": info.sha}
 
 
@@ -202,7 +204,7 @@ def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
         else:
             names = get_dataset_split_names(name)
         origin = {"name": name, "revision": HfApi().dataset_info(name).sha} if is_hub_id(name) else {"name": name}
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # no network, an interrupted transfer
         fail(f"cannot read about {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
     held_out = [split for split in ("validation", "test") if split in names]
     splits = {"train": rows}

@@ -98,6 +98,15 @@ def test_a_hub_model_comes_once_with_its_commit(hub, tiny_model, tmp_path):
     assert not [path for path in asked if ".bin" in path or "original" in path.split("?")[0]]
 
 
+@pytest.mark.parametrize(("only", "option"), [("model", "--model_name_or_path"), ("dataset", "--dataset_name")])
+def test_a_hub_that_is_not_reached_is_named(only, option, tmp_path):
+    environment = hub_environment(tmp_path, "http://127.0.0.1:9")
+    args = ("--only", only, option, "org/rows", "--output_dir", "out")
+    result = run("01_download.py", *args, cwd=tmp_path, **environment)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: cannot " in result.stderr and "'org/rows'" in result.stderr
+
+
 def test_a_gated_model_is_answered_by_three_steps_and_a_substitute(hub, tmp_path):
     result = download_model("org/gated", tmp_path, hub[0], HF_TOKEN="hf_" + "secret" * 5)
     assert result.returncode == 1 and "Traceback" not in result.stderr

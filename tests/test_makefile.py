@@ -196,6 +196,11 @@ def test_a_prompt_is_just_text(trained, prompt):
     assert not (trained.folder / "hacked").exists()
 
 
+def test_a_file_of_prompts_goes_without_the_default_prompt(trained):
+    trained.make("infer", "ARGS=--prompts_file p.txt")
+    assert "--prompts_file p.txt" in trained.commands()[0] and "--prompt=" not in trained.commands()[0]
+
+
 def test_env_file_gives_defaults_that_environment_and_command_line_override(trained):
     lines = [
         "# settings",
