@@ -133,7 +133,7 @@ $(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).setti
 	"$$python" -c 'import venv, ensurepip' 2> /dev/null || {
 		echo "error: $$python has no venv module. Type: apt install python3-venv" >&2; exit 1; }
 	if [ -e $(VENV) ] && [ ! -e $(VENV)/backend ]; then
-		echo "error: VENV=$(VENV) is there and was not made by this Makefile. Name another: make VENV=.venv" >&2; exit 1; fi
+		echo "error: VENV=$(VENV) is there and was not made by this Makefile. Remove it, or name another: make VENV=.venv-2" >&2; exit 1; fi
 	backend="$(BACKEND)"
 	if [ "$$backend" = auto ]; then
 		if [ -e /dev/kfd ] && command -v amd-smi rocminfo > /dev/null; then backend=rocm
@@ -149,8 +149,10 @@ $(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).setti
 		*) echo "error: BACKEND=$$backend is unknown. Type: make setup BACKEND=auto, cpu, cuda or rocm" >&2; exit 1 ;;
 	esac
 	set -x
-	"$$python" -m venv --clear $(VENV)
-	echo "$$backend" > $(VENV)/backend
+	rm -rf $(VENV)
+	mkdir -p $(VENV)
+	echo "$$backend" > $(VENV)/backend # first, so that an interrupted setup is known as ours
+	"$$python" -m venv $(VENV)
 	$(PY) -m pip install --no-deps -r env/requirements-torch.txt $$index
 	$(PY) -m pip install -r env/requirements.txt $$more
 	{ set +x; } 2> /dev/null

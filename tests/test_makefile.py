@@ -257,6 +257,18 @@ def test_an_unfit_python_is_named(project, answers, said):
     assert result.returncode != 0 and said in result.stderr
 
 
+def test_an_interrupted_setup_can_be_typed_again(project):
+    python = project.folder / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *"-m venv"*) mkdir -p .venv/bin; echo interrupted >&2; exit 1 ;; esac\n')
+    python.chmod(0o755)
+    shutil.rmtree(project.folder / ".venv")
+    for _ in range(2):
+        result = project.make("setup", "PYTHON=./python", "BACKEND=cpu")
+        assert result.returncode != 0 and "interrupted" in result.stderr
+        assert "not made by this Makefile" not in result.stderr
+        assert not (project.folder / ".venv/installed").exists()
+
+
 def test_clean_removes_results_only(trained):
     (trained.folder / "outputs/notes.txt").write_text("mine")
     assert trained.make("clean").returncode == 0
