@@ -38,33 +38,68 @@ $(eval $(call setting,VENV,.venv))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
-export BASE_MODEL DATASET PROMPT VALIDATION_ROWS
+export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
-# A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's.
+# A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
+# there is a NAME-full.yaml beside NAME.yaml, it is the one of the training without LoRA.
 recipe_file := $(if $(RECIPE),$(if $(filter %.yaml,$(RECIPE)),$(RECIPE),env/recipes/$(RECIPE).yaml))
 ifneq ($(recipe_file),$(wildcard $(recipe_file)))
 $(error there is no $(recipe_file). Type RECIPE= with one of: $(patsubst env/recipes/%.yaml,%,$(wildcard env/recipes/*.yaml)), a .yaml file, or nothing)
 endif
-recipe := $(if $(recipe_file),--config $(recipe_file))
+recipe_full := $(or $(wildcard $(recipe_file:.yaml=-full.yaml)),$(recipe_file))
 ready := $(VENV)/installed $(OUT)/check/report.json
 
-# Steps that only read results take those that are there, however they were made, and make what is missing.
-from_step := $(if $(filter adapter,$(FROM)),lora,base-model)
-model_adapter := lora/adapter
-model_base := base-model
-ifeq ($(filter infer,$(MAKECMDGOALS))$(model_$(FROM)),infer)
-$(error FROM=$(FROM) is unknown. Type: make infer FROM=adapter, or FROM=base)
+# The step and the folder in OUT that FROM names.
+step_adapter := lora
+step_base := base-model
+step_full := full
+step_merged := merged
+folder_lora := lora/adapter
+folder_base-model := base-model
+folder_full := full/model
+folder_merged := merged/model
+from_step := $(step_$(FROM))
+from_folder := $(OUT)/$(folder_$(from_step))
+
+# Steps that only read results take those that are there, however they were made, unless the step that makes them is
+# asked for too: a doubled slash is another name for Make, one without a rule. What is missing is made. A merged model,
+# which is made in seconds, is always brought up to date with its adapter.
+asked_base-model := train-lora train-full
+asked_dataset := train-lora train-full
+asked_lora := train-lora
+asked_full := train-full
+asked_merged := merge
+asked = $(filter download tutorial $(asked_$(1)),$(MAKECMDGOALS))
+result = $(or $(if $(call asked,$(1))$(filter merged,$(1)),,$(wildcard $(OUT)//$(1)/run.json)),$(OUT)/$(1)/run.json)
+
+asks := $(filter infer chat pipeline push,$(MAKECMDGOALS))
+ifneq ($(asks),)
+ifeq ($(from_step),)
+$(error FROM=$(FROM) is unknown. Type: make $(asks) FROM=adapter, base, full or merged)
 endif
-wanted = $(if $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(filter train-% download,$(MAKECMDGOALS)),,yes)),,$(OUT)/$(1)/run.json)
+# The training that takes most is not begun on the way to something else.
+ifeq ($(filter push,$(asks))$(from_step),pushbase-model)
+$(error FROM=base is not yours to upload. Type: make push FROM=adapter, full or merged REPO=user/name)
+endif
+ifeq ($(filter push,$(asks))$(REPO),push)
+$(error REPO is not given. Type: make push FROM=$(FROM) REPO=user/name)
+endif
+ifeq ($(from_step)$(call asked,full)$(wildcard $(OUT)/full/run.json),full)
+$(error there is no $(OUT)/full yet. Type: make train-full$(if $(filter-out outputs,$(OUT)), OUT=$(OUT)))
+endif
+endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu download audit train-lora infer evaluate test bench lint clean distclean FORCE
+.PHONY: help setup check-gpu download audit train-lora train-full compare merge infer chat pipeline tutorial evaluate \
+	verify verify-tutorial push test bench lint clean distclean FORCE
+# One accelerator, one step at a time, also under make -j.
+.NOTPARALLEL:
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
-	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-12s %s\n", $$1, $$2 }'
+	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables, on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
 	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) PROMPT=\"...\" ARGS=\"more options for the step\""
@@ -82,27 +117,55 @@ download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model
 audit: $(OUT)/dataset/audit.json ## show which tokens will be learned, and stop where the data is wrong
 	@echo "$(OUT)/dataset/audit.json is up to date"
 
-train-lora: $(OUT)/lora/run.json $(OUT)/lora/loss.png ## fine-tune with LoRA and save the adapter
+train-lora: $(addprefix $(OUT)/lora/,run.json loss.png adapter/README.md) ## fine-tune with LoRA and save the adapter
 	@echo "$(OUT)/lora is up to date"
 
-infer: $(call wanted,$(from_step)) | $(ready) ## answer PROMPT="..." with FROM=adapter|base
-	$(PY) scripts/05_generate.py --model_name_or_path $(OUT)/$(model_$(FROM)) \
-		$(if $(filter adapter,$(FROM)),--base_model $(OUT)/base-model) $(if $(findstring --prompts_file,$(ARGS)),,--prompt="$$PROMPT") $(ARGS)
+train-full: $(addprefix $(OUT)/full/,run.json loss.png model/README.md) ## fine-tune all parameters and save the model
+	@echo "$(OUT)/full is up to date"
 
-evaluate: $(OUT)/report/evaluation.json ## held-out loss and answers, before and after training
+compare: $(OUT)/report/comparison.json $(OUT)/report/comparison.png ## set the two trainings side by side
+	@cat $(OUT)/report/comparison.md
+
+merge: $(OUT)/merged/run.json $(OUT)/merged/model/README.md ## merge the adapter into the base model
+	@echo "$(OUT)/merged is up to date"
+
+infer: $(call result,$(from_step)) | $(ready) ## answer PROMPT="..." with FROM=adapter|base|full|merged
+	$(call generate,$(FROM)) $(if $(findstring --prompts_file,$(ARGS)),,--prompt="$$PROMPT") $(ARGS)
+
+chat: $(call result,$(from_step)) | $(ready) ## keep a conversation with FROM=adapter|base|full|merged
+	@$(call generate,$(FROM)) --chat $(ARGS)
+
+pipeline: $(call result,$(from_step)) | $(ready) ## answer PROMPT="..." through the pipeline of transformers
+	$(PY) scripts/06_pipeline_infer.py --model_name_or_path $(from_folder) --prompt="$$PROMPT" $(ARGS)
+
+tutorial: $(OUT)/check/report.json download audit train-lora train-full compare merge \
+		$(patsubst %,$(OUT)/answers/%.jsonl,adapter base full merged pipeline) ## all of the steps above, in the tutorial's order
+	@echo "The tutorial is done: $(OUT)/report/comparison.md, $(OUT)/answers"
+
+evaluate: $(OUT)/report/evaluation.json ## held-out loss and answers of the base model and of all that was trained
 	@cat $(OUT)/report/evaluation.md
+
+verify: | $(VENV)/installed ## compare the loss curves with those on record
+	$(PY) scripts/verify_run.py $$(ls $(OUT)/lora/run.json $(OUT)/full/run.json 2> /dev/null) --curves env/curves $(ARGS)
+
+verify-tutorial: $(VENV)/tested ## check the tutorial's own figures, without its model
+	@$(PY) -m pytest tests/test_tutorial_figures.py -q -s $(ARGS)
+
+push: $(from_folder)/README.md ## upload FROM=adapter|full|merged to REPO=user/name on the Hub
+	$(PY) scripts/push_model.py --folder $(from_folder) --repo_id="$$REPO" $(ARGS)
 
 test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 
-bench: $(call wanted,base-model) $(call wanted,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop
-	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset $(if $(recipe_file),--recipe $(recipe_file)) $(ARGS)
+bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop (FROM=full: without LoRA)
+	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset \
+		$(if $(filter full,$(FROM)),--full $(addprefix --recipe ,$(recipe_full)),$(addprefix --recipe ,$(recipe_file))) $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 clean: ## remove what the steps left in OUT
-	@rm -rf $(addprefix $(OUT)/,.args check base-model base-model.tmp dataset dataset.tmp lora report)
+	@rm -rf $(addprefix $(OUT)/,.args check answers base-model base-model.tmp dataset dataset.tmp full lora merged report)
 
 distclean: clean ## remove the Python environment too
 	@if [ -e $(VENV)/backend ]; then rm -rf $(VENV); fi
@@ -110,12 +173,14 @@ distclean: clean ## remove the Python environment too
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 # What a step was run with is kept in a file that is rewritten only when it differs, so that the step runs again just
-# then. ARGS belongs to the step that is asked for; a step that is made on the way keeps the ARGS it was made with.
-args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS),$(file <$(OUT)/.args/$(1)))
+# then. ARGS belongs to the step that is asked for, of the tutorial to both trainings; a step that is made on the way
+# keeps the ARGS it was made with.
+args = $(if $(filter $(1) $(if $(filter train-%,$(1)),tutorial),$(MAKECMDGOALS)),$(ARGS),$(file <$(OUT)/.args/$(1)))
 $(VENV).settings: export TEXT = $(PYTHON) $(BACKEND)
 $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
 $(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
-$(OUT)/.args/recipe: export TEXT = $(recipe_file)
+$(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
+$(OUT)/.args/prompt: export TEXT = $(PROMPT)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
 keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; }
 $(VENV).settings: FORCE
@@ -175,20 +240,63 @@ $(OUT)/dataset/run.json: scripts/01_download.py $(wildcard $(DATASET) $(addprefi
 	$(PY) scripts/01_download.py --only dataset --dataset_name="$$DATASET" --validation_rows="$$VALIDATION_ROWS" \
 		--output_dir $(OUT) $(call args,download)
 
-# The audit takes the options of the training too: they may change what is learned.
+# Before each training an audit with the options of that training: they may change what is learned.
+define audit
+	$(PY) scripts/audit_tokens.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(addprefix --config ,$(2)) \
+		$(call args,$(1)) $(call args,audit) --output $@
+endef
 $(OUT)/dataset/audit.json: scripts/audit_tokens.py $(OUT)/dataset/run.json $(OUT)/base-model/run.json $(recipe_file) \
 		$(addprefix $(OUT)/.args/,recipe audit train-lora)
-	$(PY) scripts/audit_tokens.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(recipe) \
-		$(call args,train-lora) $(call args,audit) --output $@
+	$(call audit,train-lora,$(recipe_file))
+$(OUT)/dataset/audit-full.json: scripts/audit_tokens.py $(OUT)/dataset/run.json $(OUT)/base-model/run.json $(recipe_full) \
+		$(addprefix $(OUT)/.args/,recipe audit train-full)
+	$(call audit,train-full,$(recipe_full))
 
+data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
 $(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora
-	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset $(recipe) \
+	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
 		--output_dir $(OUT)/lora $(call args,train-lora)
 
-$(OUT)/lora/loss.png: scripts/plot_loss.py $(OUT)/lora/run.json
-	$(PY) scripts/plot_loss.py $(OUT)/lora/run.json --output $@
+$(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full
+	$(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_full)) \
+		--output_dir $(OUT)/full $(call args,train-full)
 
-$(OUT)/report/evaluation.json: scripts/evaluate.py $(call wanted,lora) $(call wanted,dataset) $(OUT)/.args/evaluate \
-		$(wildcard $(addprefix $(OUT)/,base-model/config.json lora/adapter/adapter_model.safetensors dataset/validation.jsonl)) | $(ready)
-	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(OUT)/lora/adapter --dataset_name $(OUT)/dataset \
-		--output_dir $(OUT)/report $(call args,evaluate)
+$(OUT)/%/loss.png: scripts/plot_loss.py $(OUT)/%/run.json
+	$(PY) scripts/plot_loss.py $(OUT)/$*/run.json --output $@
+
+# Two runs are compared as they are there; neither is trained for it.
+runs := $(foreach step,lora full,$(if $(call asked,$(step)),$(OUT)/$(step)/run.json,$(wildcard $(OUT)//$(step)/run.json)))
+$(OUT)/report/comparison.json: scripts/compare_runs.py $(runs) $(OUT)/.args/compare | $(VENV)/installed
+	$(PY) scripts/compare_runs.py $(OUT)/lora/run.json $(OUT)/full/run.json --output_dir $(OUT)/report $(call args,compare)
+
+$(OUT)/report/comparison.png: scripts/plot_loss.py $(OUT)/report/comparison.json
+	$(PY) scripts/plot_loss.py $(OUT)/lora/run.json $(OUT)/full/run.json --output $@
+
+$(OUT)/merged/run.json: scripts/04_merge_adapter.py $(call result,lora) $(OUT)/.args/merge | $(ready)
+	$(PY) scripts/04_merge_adapter.py --model_name_or_path $(OUT)/lora/adapter --base_model $(OUT)/base-model \
+		--output_dir $(OUT)/merged $(call args,merge)
+
+$(OUT)/lora/adapter/README.md: $(call result,lora)
+$(OUT)/full/model/README.md: $(call result,full)
+$(OUT)/merged/model/README.md: $(OUT)/merged/run.json
+$(OUT)/%/README.md: scripts/write_card.py | $(VENV)/installed
+	$(PY) scripts/write_card.py $(dir $(@D))run.json
+
+# Where several prompts are given, or none, as to chat, the caller adds them.
+generate = $(PY) scripts/05_generate.py --model_name_or_path $(OUT)/$(folder_$(step_$(1))) \
+	$(if $(filter adapter,$(1)),--base_model $(OUT)/base-model)
+$(OUT)/answers/adapter.jsonl: $(call result,lora)
+$(OUT)/answers/base.jsonl: $(call result,base-model)
+$(OUT)/answers/full.jsonl: $(call result,full)
+$(OUT)/answers/merged.jsonl: $(call result,merged)
+$(OUT)/answers/pipeline.jsonl: scripts/06_pipeline_infer.py $(call result,base-model) $(OUT)/.args/prompt | $(ready)
+	$(PY) scripts/06_pipeline_infer.py --model_name_or_path $(OUT)/base-model --prompt="$$PROMPT" --output $@
+$(OUT)/answers/%.jsonl: scripts/05_generate.py $(OUT)/.args/prompt | $(ready)
+	$(call generate,$*) --prompt="$$PROMPT" --output $@
+
+# The base model and all that was trained or merged so far; the adapter is made where there is nothing.
+evaluated := $(or $(foreach step,lora full merged,$(if $(wildcard $(OUT)/$(step)/run.json)$(call asked,$(step)),$(step))),lora)
+$(OUT)/report/evaluation.json: scripts/evaluate.py $(foreach step,$(evaluated),$(call result,$(step))) $(call result,dataset) \
+		$(call result,base-model) $(OUT)/.args/evaluate | $(ready)
+	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(OUT)/$(folder_$(step))) \
+		--dataset_name $(OUT)/dataset --output_dir $(OUT)/report $(call args,evaluate)

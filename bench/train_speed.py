@@ -1,10 +1,11 @@
-"""Compare the training speed of scripts/02_train_lora.py with a bare PyTorch loop, in one run.
+"""Compare the training speed of a training script with a bare PyTorch loop, in one run.
 
     make bench ARGS="--rounds 2"
+    make bench FROM=full
 
-The bare loop is the practical limit: the same model, LoRA layers, number of rows and real tokens in a batch, but each
-batch is cut from the running tokens of its rows, so that nothing is padded, and nothing but forward, backward and
-optimizer step is done. Both are run in turn, each in a process of its own; speed counts real tokens, never padding.
+The bare loop is the practical limit: the same model, LoRA layers or none, number of rows and real tokens in a batch,
+but each batch is cut from the running tokens of its rows, so that nothing is padded, and nothing but forward, backward
+and optimizer step is done. Both are run in turn, each in a process of its own; speed counts real tokens, never padding.
 """
 
 import argparse
@@ -29,16 +30,18 @@ def bare_loop(model_name: str, rows: list[dict], recipe: dict, result) -> None:
     """Sends real tokens per second of a loop over unpadded batches to result. rows hold input_ids and labels."""
     torch.manual_seed(42)
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
-    targets = recipe["lora_target_modules"]
-    config = LoraConfig(
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
-        lora_dropout=recipe["lora_dropout"],
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
+    if "lora_r" in recipe:
+        targets = recipe["lora_target_modules"]
+        config = LoraConfig(
+            r=recipe["lora_r"],
+            lora_alpha=recipe["lora_alpha"],
+            lora_dropout=recipe["lora_dropout"],
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = get_peft_model(model, config).to(device).train()
+    model = model.to(device).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe["learning_rate"], fused=True)
     size = 4
@@ -71,10 +74,10 @@ def tokenized_rows(model_name: str, file: Path) -> list[dict]:
     return rows
 
 
-def script_run(model_name: str, data: Path, recipe: Path) -> dict:
-    """The run.json of one epoch of the training script."""
+def script_run(script: str, model_name: str, data: Path, recipe: Path) -> dict:
+    """The run.json of one epoch of a training script."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "scripts/02_train_lora.py", "--config", recipe, "--num_train_epochs", "1"]
+        command = [sys.executable, ROOT / "scripts" / script, "--config", recipe, "--num_train_epochs", "1"]
         command += ["--model_name_or_path", model_name, "--dataset_name", data, "--output_dir", folder]
         subprocess.run([str(part) for part in command], check=True, capture_output=True)
         return json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
@@ -85,20 +88,17 @@ def main() -> None:
     parser.add_argument("--model", default="outputs/base-model", help="model folder (default: outputs/base-model)")
     parser.add_argument("--data", type=Path, default=Path("outputs/dataset"), help="data set folder")
     parser.add_argument("--recipe", type=Path, default=ROOT / "env/recipes/embedded.yaml", help="recipe of both")
+    parser.add_argument("--full", action="store_true", help="train all parameters, with 03_train_full.py")
     parser.add_argument("--rounds", type=int, default=2, help="how often each is run (default: 2)")
     args = parser.parse_args()
 
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    if lacking := {
-        "lora_target_modules",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "learning_rate",
-        "max_grad_norm",
-    } - set(recipe):
+    lora = set() if args.full else {"lora_target_modules", "lora_r", "lora_alpha", "lora_dropout"}
+    if lacking := {"learning_rate", "max_grad_norm", *lora} - set(recipe):
         sys.exit(f"error: {args.recipe} does not set {', '.join(sorted(lacking))}. Give a recipe that does.")
     rows = tokenized_rows(args.model, args.data / "train.jsonl")
+    if args.full:
+        recipe.pop("lora_r", None)
     context = multiprocessing.get_context("spawn")
     bare, script = [], []
     for number in range(1, args.rounds + 1):
@@ -109,7 +109,7 @@ def main() -> None:
         if process.exitcode:
             sys.exit("error: the bare loop failed, for the reason above.")
         bare.append(result.get())
-        run = script_run(args.model, args.data, args.recipe)
+        run = script_run("03_train_full.py" if args.full else "02_train_lora.py", args.model, args.data, args.recipe)
         script.append(run["metrics"]["tokens_per_second"])
         print(f"round {number}: bare loop {bare[-1]:.1f}, script {script[-1]:.1f} tokens/s", flush=True)
     ratio = statistics.median(script) / statistics.median(bare)

@@ -44,7 +44,7 @@ load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports 
 import numpy as np
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, RepoCard, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -135,7 +135,8 @@ def convert_embedded(folder: Path) -> dict:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"name": "SmolLM2-135M-Instruct", "package": EMBEDDED_PACKAGE, "sha256": EMBEDDED_SHA256}
+    origin = {"name": "SmolLM2-135M-Instruct", "package": EMBEDDED_PACKAGE, "sha256": EMBEDDED_SHA256}
+    return origin | {"license": "apache-2.0"}
 
 
 def download_model(name: str, revision: str) -> tuple[Path, dict]:
@@ -159,7 +160,13 @@ def download_model(name: str, revision: str) -> tuple[Path, dict]:
         fail(
             f"cannot fetch {name!r} from the Hub: {' '.join(str(error).split())[:300]} Type the command again to go on."
         )
-    return Path(folder), {"name": name, "revision": info.sha}
+    return Path(folder), {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
+
+
+def read_license(folder: Path) -> str | None:
+    """Licence that the card (README.md) in a folder states."""
+    card = folder / "README.md"
+    return RepoCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
 
 
 def link_model(source: Path, folder: Path) -> None:
@@ -184,7 +191,7 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
         for file in sorted(Path(name).glob("*.safetensors")):
             digest.update(np.memmap(file, mode="r"))
         link_model(Path(name), temporary)
-        origin = {"name": name, "sha256": digest.hexdigest()}
+        origin = {"name": name, "sha256": digest.hexdigest(), "license": read_license(Path(name))}
     elif is_hub_id(name):
         source, origin = download_model(name, revision)
         link_model(source, temporary)
@@ -203,7 +210,11 @@ def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
             names = [file.stem for file in Path(name).glob("*.*")]
         else:
             names = get_dataset_split_names(name)
-        origin = {"name": name, "revision": HfApi().dataset_info(name).sha} if is_hub_id(name) else {"name": name}
+        if is_hub_id(name):
+            info = HfApi().dataset_info(name)
+            origin = {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
+        else:
+            origin = {"name": name, "license": read_license(Path(name))}
     except Exception as error:  # no network, an interrupted transfer
         fail(f"cannot read about {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
     held_out = [split for split in ("validation", "test") if split in names]

@@ -20,7 +20,9 @@
 
 Reads   MODEL (hub id or folder) and DATA (hub id, folder, .jsonl, .json, .csv or .parquet file) with the columns
         text, or messages, or prompt and completion (then the loss is on the completion alone).
-Writes  out/adapter/ (adapter, tokenizer), out/checkpoints/ (with tensorboard logs) and, when all is done, out/run.json.
+        --dataset_test_split names rows that are not trained on; their loss is then measured at the end.
+Writes  out/adapter/ (adapter, tokenizer), out/checkpoints/ (with tensorboard logs)
+        and, when all is done, out/run.json.
 
 Without options it runs the tutorial's own model, data and parameters.
 Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --config FILE.yaml.
@@ -48,6 +50,7 @@ if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -79,6 +82,7 @@ PARAMETERS = dict(
     train_sampling_strategy="group_by_length",
     lr_scheduler_type="constant",
     report_to="tensorboard",
+    eval_packing=False,
 )
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")  # noted in run.json
 
@@ -90,6 +94,7 @@ class ScriptArguments:
         metadata={"help": "Hub id, folder, or .jsonl, .json, .csv or .parquet file."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to measure the held-out loss on."})
     token_metrics: bool = field(
         default=True,
         metadata={
@@ -172,6 +177,19 @@ def describe_model(name: str, model) -> dict:
     return {"name": name, "sha256": digest.hexdigest()}
 
 
+@torch.inference_mode()
+def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats over all labelled tokens of tokenized rows, and their number."""
+    rows = rows.select_columns(["input_ids", "labels"])
+    rows = rows.select(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
+    total, count = 0.0, 0
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
+        labelled = (batch["labels"][:, 1:] != -100).sum().item()
+        loss = model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        total, count = total + loss.item() * labelled, count + labelled
+    return total / count, count
+
+
 def describe_machine() -> dict:
     """Versions of the packages, the accelerator, and the git commit of the folder of this script where it has one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -215,6 +233,9 @@ def main() -> None:
 
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
+    held_out = None
+    if test_split := script_args.dataset_test_split:
+        held_out = load_rows(script_args.dataset_name, test_split, training_args.dataset_text_field)
     name = model_args.model_name_or_path
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
@@ -240,6 +261,7 @@ def main() -> None:
             model=model,
             args=training_args,
             train_dataset=format_rows(rows, tokenizer),
+            eval_dataset=held_out and format_rows(held_out, tokenizer),
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
@@ -252,6 +274,10 @@ def main() -> None:
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
+    if held_out:
+        batch_size = training_args.per_device_eval_batch_size
+        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
+        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
     if not trainer.is_world_process_zero():
@@ -261,6 +287,7 @@ def main() -> None:
         config.base_model_name_or_path, config.revision = base["name"], base["revision"]
     trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(output_dir / "adapter")
+    metrics["size_bytes"] = sum(file.stat().st_size for file in Path(output_dir, "adapter").iterdir())
 
     # Record the run: run.json is there only when all the rest is
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -274,6 +301,7 @@ def main() -> None:
             "rows": len(rows),
             "sha256": hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest(),
         },
+        "recipe": next((value for key, value in zip(sys.argv, sys.argv[1:], strict=False) if key == "--config"), None),
         "arguments": {
             **asdict(script_args),
             **asdict(model_args),
@@ -287,6 +315,8 @@ def main() -> None:
     }
     write_json(output_dir / "run.json", run)
     print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if held_out:
+        print(f"held-out loss {metrics['eval_loss']:.4f} over {metrics['eval_tokens']} tokens")
     print(f"The adapter is in {output_dir / 'adapter'}")
 
 

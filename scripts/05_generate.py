@@ -21,9 +21,11 @@ The model's chat template is applied unless --raw. Decoding is greedy unless --d
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import readline  # noqa: F401  line editing for --chat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +53,7 @@ class ScriptArguments:
         default_factory=list, metadata={"help": "One or more prompts; may be repeated.", "action": "extend"}
     )
     prompts_file: str | None = field(default=None, metadata={"help": "File with a prompt on each line."})
+    chat: bool = field(default=False, metadata={"help": "Keep a conversation on the terminal."})
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
     max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
     do_sample: bool = field(default=False, metadata={"help": "Draw tokens at random instead of taking the likeliest."})
@@ -73,11 +76,9 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_model(name: str, base_model: str | None, dtype: str):
-    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
-    folder, base, revision = Path(name), name, None
-    if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file() or is_hub_id(name)):
-        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
+    """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
+    folder = Path(name)
     if (folder / "adapter_config.json").is_file():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
@@ -87,12 +88,23 @@ def load_model(name: str, base_model: str | None, dtype: str):
         origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
         if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
+        return base, revision
+    if not ((folder / "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    return name, None
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    base, revision = find_base(name, base_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if (folder / "tokenizer_config.json").is_file() else base)
+        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own
+        if "size mismatch" in str(error):
+            fail(f"the adapter {name!r} does not fit {base!r}: the shapes differ. Give its own base with --base_model.")
         fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -101,11 +113,11 @@ def load_model(name: str, base_model: str | None, dtype: str):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list[str]:
-    """Answers to the prompts, generated as one batch, without the prompts."""
+def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]:
+    """Answers to the prompts (texts, or conversations as lists of messages), generated as one batch."""
     texts = prompts
     if not raw:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     # A chat template writes the special tokens itself.
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
@@ -113,6 +125,23 @@ def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list
         options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along
     outputs = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
     return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def chat(model, tokenizer, **options) -> None:
+    """Keeps a conversation on the terminal; its oldest turns are dropped when it no longer fits the model's context."""
+    messages = []
+    print("Type a message; /new begins another conversation, an empty line or Ctrl-D ends it.")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while text := input("\n> ").strip():
+            if text == "/new":
+                messages = []
+                continue
+            messages.append({"role": "user", "content": text})
+            room = model.config.max_position_embeddings - options["max_new_tokens"]
+            while len(messages) > 1 and len(tokenizer.apply_chat_template(messages, return_dict=False)) > room:
+                del messages[:2]
+            (answer,) = generate(model, tokenizer, [messages], False, **options)
+            messages.append({"role": "assistant", "content": answer})
 
 
 def main() -> None:
@@ -126,11 +155,11 @@ def main() -> None:
         if not Path(args.prompts_file).is_file():
             fail(f"no file {args.prompts_file!r}. Give a text file with a prompt on each line.")
         prompts += [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        fail('no prompt. Give --prompt "What is LoRA?" or --prompts_file FILE.')
+    if not (prompts or args.chat):
+        fail('no prompt. Give --prompt "What is LoRA?", --prompts_file FILE or --chat.')
 
     model, tokenizer = load_model(args.model_name_or_path, args.base_model, args.dtype)
-    if not (args.raw or tokenizer.chat_template):
+    if not tokenizer.chat_template and (args.chat or not args.raw):
         fail(f"the tokenizer of {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if args.do_sample:
@@ -138,8 +167,11 @@ def main() -> None:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
 
     # A single prompt streams; several go through the model as one batch
-    if len(prompts) == 1:
+    if len(prompts) == 1 or args.chat:
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.chat:
+        chat(model, tokenizer, **options)
+        return
     answers = generate(model, tokenizer, prompts, args.raw, **options)
     if len(prompts) > 1:
         for prompt, answer in zip(prompts, answers, strict=True):

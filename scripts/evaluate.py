@@ -149,11 +149,9 @@ def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
     return chosen
 
 
-def load_model(name: str, base_model: str | None, dtype: str):
-    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
-    folder, base, revision = Path(name), name, None
-    if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file() or is_hub_id(name)):
-        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
+    """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
+    folder = Path(name)
     if (folder / "adapter_config.json").is_file():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
@@ -163,12 +161,23 @@ def load_model(name: str, base_model: str | None, dtype: str):
         origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
         if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
+        return base, revision
+    if not ((folder / "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    return name, None
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    base, revision = find_base(name, base_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if (folder / "tokenizer_config.json").is_file() else base)
+        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own
+        if "size mismatch" in str(error):
+            fail(f"the adapter {name!r} does not fit {base!r}: the shapes differ. Give its own base with --base_model.")
         fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -177,11 +186,11 @@ def load_model(name: str, base_model: str | None, dtype: str):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts: list[str], raw: bool, **options) -> list[str]:
-    """Answers to the prompts, generated as one batch, without the prompts."""
+def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]:
+    """Answers to the prompts (texts, or conversations as lists of messages), generated as one batch."""
     texts = prompts
     if not raw:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     # A chat template writes the special tokens itself.
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
@@ -203,14 +212,14 @@ def check_training_rows(models: list[str], dataset_name: str) -> None:
 
 
 @torch.inference_mode()
-def held_out_loss(model, trainer: SFTTrainer, batch_size: int) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all labelled tokens, and their number. trainer holds the tokenized rows."""
-    rows = trainer.train_dataset.select_columns(["input_ids", "labels"])
+def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats over all labelled tokens of tokenized rows, and their number."""
+    rows = rows.select_columns(["input_ids", "labels"])
     rows = rows.select(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
     total, count = 0.0, 0
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=trainer.data_collator):
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
         labelled = (batch["labels"][:, 1:] != -100).sum().item()
-        loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        loss = model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss
         total, count = total + loss.item() * labelled, count + labelled
     return total / count, count
 
@@ -267,7 +276,7 @@ def main() -> None:
                 trainer = tokenize_rows(rows, tokenizer, config)
             if len(trainer.train_dataset) == 0:
                 fail(f"no row has a token with loss within --max_length {args.max_length}. Give a larger one.")
-        loss, tokens = held_out_loss(model, trainer, args.batch_size)
+        loss, tokens = held_out_loss(model, trainer.train_dataset, trainer.data_collator, args.batch_size)
         texts = [prompt["prompt"] for prompt in prompts]
         raw = not tokenizer.chat_template
         answers = generate(model, tokenizer, texts, raw, max_new_tokens=args.max_new_tokens, do_sample=False)

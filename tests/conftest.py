@@ -104,3 +104,14 @@ def load(script: str):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def check_refusal(script, args, said, folder, monkeypatch, capsys) -> None:
+    """Asserts that a script called in folder says something and exits with an error, in few lines."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [str(ROOT / "scripts" / script), *args])
+    with pytest.raises(SystemExit) as stop:
+        load(script).main()
+    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code != 0
+    assert said in message and len(message.splitlines()) <= 4

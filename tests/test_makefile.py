@@ -17,14 +17,19 @@ case "$*" in
     *--only\\ model*) mkdir -p "$out/base-model"; echo '{}' > "$out/base-model/run.json" ;;
     *--only\\ dataset*)
         mkdir -p "$out/dataset"; touch "$out/dataset/validation.jsonl"; echo '{}' > "$out/dataset/run.json" ;;
-    *02_train_lora*)
-        mkdir -p "$out/adapter"; touch "$out/adapter/adapter_model.safetensors"; echo '{}' > "$out/run.json" ;;
+    *02_train_lora*) mkdir -p "$out/adapter"; echo '{}' > "$out/run.json" ;;
+    *03_train_full*|*04_merge*) mkdir -p "$out/model"; echo '{}' > "$out/run.json" ;;
+    *write_card*) card=("${2%/run.json}"/*/); touch "${card[0]}README.md" ;;
+    *compare_runs*) mkdir -p "$out"; touch "$out/comparison.md" "$out/comparison.json" ;;
     *evaluate*) mkdir -p "$out"; touch "$out/evaluation.md" "$out/evaluation.json" ;;
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
 VARIABLES = "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
-TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+LORA = ["02_train_lora", "plot_loss", "write_card"]
+TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", *LORA]
+FULL = ["audit_tokens", "03_train_full", "plot_loss", "write_card"]
+REST = ["compare_runs", "plot_loss", "04_merge_adapter", "write_card", *["05_generate"] * 4, "06_pipeline_infer"]
 
 
 class Project:
@@ -93,10 +98,10 @@ def test_no_target_prints_the_targets(project):
 @pytest.mark.parametrize(
     ("changed", "again"),
     [
-        ("scripts/02_train_lora.py", ["02_train_lora", "plot_loss"]),
+        ("scripts/02_train_lora.py", LORA),
         ("scripts/plot_loss.py", ["plot_loss"]),
-        ("env/recipes/embedded.yaml", ["audit_tokens", "02_train_lora", "plot_loss"]),
-        ("data/train.jsonl", ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]),
+        ("env/recipes/embedded.yaml", ["audit_tokens", *LORA]),
+        ("data/train.jsonl", ["01_download", "audit_tokens", *LORA]),
         (".venv/installed", []),
         ("README.md", []),
     ],
@@ -111,7 +116,7 @@ def test_a_changed_file_runs_what_depends_on_it(trained, changed, again):
 
 def test_other_arguments_train_again_and_stay_with_their_step(trained):
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
-    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["audit_tokens", *LORA]
     assert "--max_steps 5 --run_name a b --output" in trained.commands()[0]
     assert trained.commands()[1].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
     trained.make("infer", "ARGS=--max_new_tokens 3")
@@ -120,24 +125,24 @@ def test_other_arguments_train_again_and_stay_with_their_step(trained):
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
     assert trained.steps() == []
     trained.make("train-lora")
-    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["audit_tokens", *LORA]
 
 
 def test_other_data_or_recipe_runs_the_chain_from_there(trained):
     trained.make("train-lora", "DATASET=other.jsonl")
-    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
     assert "--dataset_name=other.jsonl" in trained.commands()[0]
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9")
-    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
     assert "--validation_rows=9" in trained.commands()[0]
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
-    assert trained.steps() == ["audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["audit_tokens", *LORA]
     assert "--config" not in " ".join(trained.commands())
 
 
 def test_infer_and_evaluate_take_what_is_there_and_make_what_is_not(project):
     project.make("infer", "OUT=new", "DATASET=x.jsonl")
-    assert project.steps() == [*TRAINING[:-1], "05_generate"]
+    assert project.steps() == [*TRAINING[:-2], "05_generate"]
     project.make("infer", "OUT=new")
     assert project.steps() == ["05_generate"]
     project.make("infer", "FROM=base", "OUT=new")
@@ -150,16 +155,113 @@ def test_infer_and_evaluate_take_what_is_there_and_make_what_is_not(project):
     assert project.steps() == ["00_check_gpu", "01_download", "05_generate"]
 
 
+def test_the_tutorial_runs_every_step_in_its_order_and_not_again(project):
+    for _ in range(2):
+        result = project.make("-j2", "tutorial")
+        assert result.returncode == 0, result.stderr
+        assert "The tutorial is done" in result.stdout
+        if not project.steps():
+            break
+        assert project.steps() == [*TRAINING, *FULL, *REST]
+    assert project.steps() == []
+    commands = project.make("tutorial", "PROMPT=else") and project.commands()
+    assert project.steps() == ["05_generate"] * 4 + ["06_pipeline_infer"]
+    folders = ["lora/adapter", "base-model", "full/model", "merged/model", "base-model"]
+    assert [command.split()[2] for command in commands] == [f"outputs/{folder}" for folder in folders]
+
+
+def test_steps_of_the_tutorial_never_run_at_once(project):
+    python = project.folder / ".venv/bin/python"
+    python.write_text(
+        "#!/bin/bash\nmkdir busy || touch overlap\nsleep 0.05\n" + STAND_IN.split("\n", 1)[1] + "rmdir busy\n"
+    )
+    assert project.make("-j4", "tutorial").returncode == 0
+    assert not (project.folder / "overlap").exists()
+
+
+def test_arguments_of_the_tutorial_go_to_both_trainings(project):
+    project.make("tutorial", "ARGS=--max_steps 5")
+    assert [Path(c.split()[0]).stem for c in project.commands() if "--max_steps 5" in c] == [
+        "audit_tokens",
+        "02_train_lora",
+        "audit_tokens",
+        "03_train_full",
+    ]
+    project.make("train-full")
+    assert project.steps() == FULL
+    project.make("train-full", "RECIPE=")
+    assert "--config" not in " ".join(project.commands())
+
+
+def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
+    project.make("train-full")
+    assert (
+        "03_train_full.py" in project.commands()[-3]
+        and "--config env/recipes/embedded-full.yaml" in project.commands()[-3]
+    )
+    (project.folder / "mine.yaml").touch()
+    project.make("train-full", "RECIPE=mine.yaml")
+    assert project.steps() == FULL and "--config mine.yaml" in project.commands()[1]
+
+
+def test_held_out_rows_are_measured_where_there_are_any(trained):
+    assert trained.make("train-lora", "ARGS=--seed 1").returncode == 0
+    assert "--dataset_test_split validation" in trained.commands()[1]
+    (trained.folder / "outputs/dataset/validation.jsonl").unlink()
+    trained.make("train-lora")
+    assert "--dataset_test_split" not in trained.commands()[1]
+
+
+def test_a_full_model_is_asked_but_not_trained_on_the_way(trained):
+    for target in ("infer", "chat", "pipeline"):
+        result = trained.make(target, "FROM=full")
+        assert result.returncode == 2 and "Type: make train-full" in result.stderr and trained.steps() == []
+    trained.make("compare")
+    assert trained.steps() == ["compare_runs", "plot_loss"]  # with one run missing: the script says so
+    trained.make("train-full")
+    for target, script in (("infer", "05_generate"), ("chat", "05_generate"), ("pipeline", "06_pipeline_infer")):
+        assert trained.make(target, "FROM=full", "BASE_MODEL=else").returncode == 0
+        assert trained.steps() == [script] and "--model_name_or_path outputs/full/model" in trained.commands()[0]
+
+
+def test_a_merged_model_follows_its_adapter(trained):
+    trained.make("infer", "FROM=merged")
+    assert trained.steps() == ["04_merge_adapter", "05_generate"]
+    trained.make("infer", "FROM=merged", "DATASET=else")
+    assert trained.steps() == ["05_generate"]
+    trained.make("train-lora", "ARGS=--seed 1")
+    trained.make("infer", "FROM=merged")
+    assert trained.steps() == ["04_merge_adapter", "05_generate"]
+
+
+def test_everything_that_was_trained_is_evaluated(trained):
+    trained.make("train-full", "merge")
+    trained.make("evaluate")
+    assert "--models outputs/lora/adapter outputs/full/model outputs/merged/model" in trained.commands()[0]
+    trained.make("evaluate")
+    assert trained.steps() == []
+
+
+def test_a_card_is_written_before_the_upload_and_the_base_is_not_uploaded(trained):
+    for card in trained.folder.glob("outputs/lora/adapter/README.md"):
+        card.unlink()
+    assert trained.make("push", "REPO=user/name").returncode == 0
+    assert trained.steps() == ["write_card", "push_model"]
+    assert "--folder outputs/lora/adapter --repo_id=user/name" in trained.commands()[1]
+    assert "REPO is not given" in trained.make("push").stderr
+    assert "not yours to upload" in trained.make("push", "FROM=base", "REPO=user/name").stderr
+
+
 def test_a_changed_model_folder_is_fetched_again_and_evaluated_again(trained):
     model = trained.folder / "model"
     model.mkdir()
     (model / "model.safetensors").touch()
     trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
-    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
     future = time.time() + 2
     os.utime(model / "model.safetensors", (future, future))
     trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
-    assert trained.steps() == ["01_download", "audit_tokens", "02_train_lora", "plot_loss"]
+    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
 
 
 def test_an_accelerator_is_required_where_torch_is_built_for_one(project):
@@ -183,7 +285,7 @@ def test_a_failed_step_is_run_again(project):
     assert project.make("train-lora").returncode == 2
     python.write_text(STAND_IN)
     project.make("train-lora")
-    assert project.steps() == ["02_train_lora", "plot_loss"]
+    assert project.steps() == LORA
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, load, run, write_rows
+from conftest import check_refusal, load, run, write_rows
 
 FAST = ["--learning_rate", "0.01", "--optim", "adamw_torch", "--logging_steps", "5", "--lora_dropout", "0"]
 
@@ -282,13 +282,3 @@ def test_wrong_input_of_generation(case, trained, tmp_path, monkeypatch, capsys)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     args, said = BAD_GENERATION[case]
     check_refusal("05_generate.py", args, said, tmp_path, monkeypatch, capsys)
-
-
-def check_refusal(script, args, said, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", [str(ROOT / "scripts" / script), *args])
-    with pytest.raises(SystemExit) as stop:
-        load(script).main()
-    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
-    assert stop.value.code != 0
-    assert said in message and len(message.splitlines()) <= 4

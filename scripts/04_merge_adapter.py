@@ -1,0 +1,237 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "peft==0.21.2",
+#     "accelerate==1.15.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Merge a LoRA adapter into its base model and save a model that needs neither of them.
+
+    python 04_merge_adapter.py --model_name_or_path out/adapter --output_dir merged
+
+Reads   a folder with an adapter_config.json; its base model is the one named there, or --base_model.
+Writes  merged/model/ (weights, config, tokenizer) and, when all is done, merged/run.json.
+
+The merge is done in float32. What was saved is read back and checked against the adapter on its base before it counts:
+the logits must agree within the tolerance of the type saved, and in float32 the greedy answers must be the same.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate")  # noted in run.json
+PROMPTS = ["What is a large language model?", "What is LoRA?", "Name three colors.", "Write one line of Python."]
+# How far the logits may be off, as a share of their spread (standard deviation): float32 rounds the sum of base and
+# adapter differently, the shorter types round every weight once more. Ten times or more what was seen; see the docs.
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(default="results/adapter", metadata={"help": "Folder of the adapter."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Base model of the adapter, if not the one its adapter_config.json names."}
+    )
+    output_dir: str = field(default="merged", metadata={"help": "Folder for model/ and run.json."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the weights that are saved."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "The largest file of weights; more are split."})
+    prompts: list[str] = field(default_factory=lambda: PROMPTS, metadata={"help": "Prompts of the check."})
+    max_new_tokens: int = field(default=48, metadata={"help": "The most tokens of an answer of the check."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
+    """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+            fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
+        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+            fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
+        return base, revision
+    if not ((folder / "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    return name, None
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    base, revision = find_base(name, base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
+        if base != name:
+            model = PeftModel.from_pretrained(model, name)
+    except Exception as error:  # each kind of file raises its own
+        if "size mismatch" in str(error):
+            fail(f"the adapter {name!r} does not fit {base!r}: the shapes differ. Give its own base with --base_model.")
+        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+@torch.inference_mode()
+def answer_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[torch.Tensor]:
+    """Token ids of each prompt with its greedy answer, one row each, on the CPU."""
+    rows = []
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        greedy |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+        rows.append(model.generate(**inputs.to(model.device), **greedy)[0].cpu())
+    return rows
+
+
+@torch.inference_mode()
+def compute_logits(model, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits at each token of each row: [tokens, vocabulary], float32, on the CPU."""
+    return [model(row[None].to(model.device)).logits[0].float().cpu() for row in rows]
+
+
+def check(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """The largest difference between logits, in standard deviations of those expected."""
+    return max(((a - b).abs().max() / a.std()).item() for a, b in zip(expected, found, strict=True))
+
+
+def describe_machine() -> dict:
+    """Versions of the packages, the accelerator, and the git commit of the folder of this script where it has one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "packages": {name: version(name) for name in PACKAGES},
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "git_commit": commit or None,
+    }
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        fail(f"{error} See --help.")
+    name, folder, output_dir = args.model_name_or_path, Path(args.model_name_or_path), Path(args.output_dir)
+    if not (folder / "adapter_config.json").is_file():
+        if (folder / "config.json").is_file():
+            fail(f"{name!r} is a whole model, there is nothing to merge. Use it as it is, or give an adapter's folder.")
+        fail(f"no adapter at {name!r}. Give a folder with an adapter_config.json, or train one: 02_train_lora.py")
+    base, revision = find_base(name, args.base_model)
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+    except Exception as error:  # each kind of file raises its own
+        fail(f"cannot load the config of {base!r}: {' '.join(str(error).split())[:300]}")
+    if getattr(config, "quantization_config", None):
+        fail(
+            f"the base model {base!r} is quantized: its few bits would round the adapter away. "
+            "Merge into the model it was quantized from: --base_model MODEL"
+        )
+    note = folder.parent / "run.json"
+    training = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if training.get("arguments", {}).get("load_in_4bit"):
+        print("The adapter was trained on 4-bit weights; on those of full precision it may answer differently.")
+
+    # What the adapter answers on its base model
+    model, tokenizer = load_model(name, args.base_model, "float32")
+    rows = answer_prompts(model, tokenizer, args.prompts, args.max_new_tokens)
+    logits = compute_logits(model, rows)
+
+    # Merge in float32, save in the type asked for, beside what is there
+    (output_dir / "run.json").unlink(missing_ok=True)
+    temporary = output_dir / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model = model.merge_and_unload(safe_merge=True).to(getattr(torch, args.dtype))
+        model.save_pretrained(temporary, max_shard_size=args.max_shard_size)
+        tokenizer.save_pretrained(temporary)
+        del model  # before it is read back
+
+        # Check what was saved
+        model, tokenizer = load_model(str(temporary), None, args.dtype)
+        difference = check(logits, compute_logits(model, rows))
+        merged_rows = answer_prompts(model, tokenizer, args.prompts, args.max_new_tokens)
+        same = sum(a.tolist() == b.tolist() for a, b in zip(rows, merged_rows, strict=True))
+        tolerance = TOLERANCE[args.dtype]
+        print(
+            f"{same} of {len(rows)} greedy answers are the same as the adapter's; "
+            f"the logits differ by at most {difference:.2g} of their spread (tolerance for {args.dtype}: {tolerance:g})"
+        )
+        if difference > tolerance or (args.dtype == "float32" and same < len(rows)):
+            fail(f"the merged model is not the adapter on {base!r}; nothing was kept. Try --dtype float32.")
+        shutil.rmtree(output_dir / "model", ignore_errors=True)
+        temporary.rename(output_dir / "model")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    # Record the run: run.json is there only when all the rest is
+    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    run = {
+        "script": Path(__file__).name,
+        "base_model": training.get("base_model") or {"name": base, "revision": revision},
+        "dataset": training.get("dataset"),
+        "adapter": {"name": name, "sha256": weights},
+        "training": {key: value for key, value in training.items() if key not in ("base_model", "dataset", "history")},
+        "arguments": asdict(args),
+        **describe_machine(),
+        "check": {"largest_difference": difference, "tolerance": tolerance, "same_answers": same},
+        "metrics": {"size_bytes": sum(file.stat().st_size for file in Path(output_dir, "model").iterdir())},
+    }
+    write_json(output_dir / "run.json", run)
+    print(f"The merged model is in {output_dir / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

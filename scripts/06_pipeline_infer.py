@@ -1,0 +1,120 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0; python_version >= '3.11'",
+#     "transformers==5.20.2; python_version < '3.11'",
+#     "peft==0.21.2",
+#     "accelerate==1.15.0",
+#     "python-dotenv==1.2.4",
+# ]
+# ///
+"""Answer prompts through transformers' pipeline, with a base, fully tuned or merged model, or an adapter.
+
+    python 06_pipeline_infer.py --model_name_or_path out/adapter --prompt "What is LoRA?"
+
+Reads   a hub id or a folder; an adapter's folder is loaded with the base model that its adapter_config.json names.
+Writes  the answers to the terminal; with --output FILE also as JSON lines.
+
+The model's chat template is applied unless --raw. Decoding is greedy. 05_generate.py does the same without the
+pipeline, and more.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dotenv import find_dotenv, load_dotenv
+
+load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
+if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
+
+import torch
+from transformers import HfArgumentParser, pipeline
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(
+        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of a model or an adapter."}
+    )
+    prompt: list[str] = field(
+        default_factory=lambda: ["What is a large language model?"], metadata={"help": "One or more prompts."}
+    )
+    raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
+    max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
+    output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
+
+
+def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
+    """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        if not (Path(base, "config.json").is_file() or is_hub_id(base)):
+            fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
+        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+            fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
+        return base, revision
+    if not ((folder / "config.json").is_file() or is_hub_id(name)):
+        fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
+    return name, None
+
+
+def main() -> None:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        fail(f"{error} See --help.")
+    name = args.model_name_or_path
+    base, _ = find_base(name, None)
+
+    # Set the pipeline, on the accelerator if there is one
+    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    tokenizer = name if Path(name, "tokenizer_config.json").is_file() else base
+    try:
+        pipe = pipeline("text-generation", model=name, tokenizer=tokenizer, device=device, dtype=args.dtype)
+    except Exception as error:  # each kind of file raises its own
+        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
+    if not (args.raw or pipe.tokenizer.chat_template):
+        fail(f"the tokenizer of {name!r} has no chat template. Add --raw to continue the prompt.")
+
+    # Generate tokens; a conversation goes through the chat template, a text as it stands
+    inputs = args.prompt if args.raw else [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    outputs = pipe(inputs, max_new_tokens=args.max_new_tokens, return_full_text=False, **greedy)
+    answers = [output[0]["generated_text"] for output in outputs]
+    for answer in answers:
+        print(answer)
+    if args.output:
+        rows = [{"prompt": p, "answer": a, "model": name} for p, a in zip(args.prompt, answers, strict=True)]
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(args.output).with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()

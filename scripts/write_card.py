@@ -1,0 +1,162 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["huggingface-hub==2.4.0"]
+# ///
+"""Write the model card of an adapter or a model: what it is, of what, what was measured, how to load it.
+
+    python write_card.py out/run.json
+
+Reads   run.json as the training and merging scripts write it.
+Writes  README.md in out/adapter/ or out/model/, whichever stands beside run.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD = """
+# {title}
+
+{what}
+
+## Training
+
+| | |
+| --- | --- |
+{figures}
+
+Packages: {packages}.
+
+## Loading
+
+```python
+{loading}
+question = [{{"role": "user", "content": "What is a large language model?"}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+{folder} is this folder, or its name on the Hub.{where}
+
+## Licences
+
+Base model: {base_license}. Training data: {data_license}. What was made of them here is subject to both.
+"""
+LOADING = {
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="float32")
+model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+""",
+    "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+""",
+}
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def describe_source(source: dict) -> str:
+    """Name of a model or data set, and what pins it: its commit on a hub, or its sha256."""
+    pin = source.get("revision") or source.get("package") or source.get("sha256")
+    return f"{source['name']} ({pin})" if pin else source["name"]
+
+
+def list_figures(run: dict) -> dict[str, str]:
+    """What was trained and measured, as rows of a table."""
+    arguments, metrics, parameters = run["arguments"], run["metrics"], run["parameters"]
+    figures = {
+        "recipe": run["recipe"] or "the tutorial's values",
+        "trainable parameters": f"{parameters['trainable']:,} of {parameters['total']:,}",
+        "learning rate": f"{arguments['learning_rate']:g}, {arguments['lr_scheduler_type']}",
+        "rows in a batch": str(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]),
+        "epochs": f"{metrics['epoch']:g}",
+        "seed": str(arguments["seed"]),
+        "mean training loss": f"{metrics['train_loss']:.4f}",
+        "runtime": f"{metrics['train_runtime']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s",
+        "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "accelerator": run["accelerator"],
+    }
+    if "lora_r" in arguments and arguments["use_peft"]:
+        targets = arguments["lora_target_modules"]
+        layers = ", ".join(targets) if isinstance(targets, list) else targets or "PEFT's choice for the architecture"
+        figures["LoRA"] = f"r={arguments['lora_r']}, alpha={arguments['lora_alpha']}, layers: {layers}"
+    if "eval_loss" in metrics:
+        figures["held-out loss"] = f"{metrics['eval_loss']:.4f} (nats per token, {metrics['eval_tokens']} tokens)"
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training or of a merge")
+    file = parser.parse_args().run
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        fail(f"no run at {file}. Train first, for example: make train-lora")
+    folder = next((file.parent / name for name in ("adapter", "model") if (file.parent / name).is_dir()), None)
+    if folder is None or not (run.get("training") or run.get("history")):
+        fail(f"{file} has no record of a training, or no adapter/ or model/ beside it. Train first: make train-lora")
+
+    merged = "adapter" in run
+    training = run["training"] if merged else run
+    base, data = run["base_model"], run["dataset"]
+    origin = data["origin"] or data
+    on_hub = "revision" in base
+    kind = "LoRA adapter" if folder.name == "adapter" else "merged LoRA adapter" if merged else "full fine-tuning"
+    what = {
+        "LoRA adapter": "A LoRA adapter for {base}, trained on {data}.",
+        "merged LoRA adapter": "{base} and a LoRA adapter trained on {data}, merged into one model.",
+        "full fine-tuning": "{base}, all of its parameters fine-tuned on {data}, without LoRA.",
+    }[kind].format(base=describe_source(base), data=f"{data['rows']} rows of {describe_source(origin)}")
+    figures = list_figures(training)
+    if merged:
+        check = run["check"]
+        figures["merge"] = (
+            f"in float32, saved as {run['arguments']['dtype']}; the logits differ from the adapter's by at most "
+            f"{check['largest_difference']:.1g} of their spread"
+        )
+    # Where this folder will be: the name under which plain Python finds it
+    loading = LOADING[folder.name].format(
+        base=base["name"] if on_hub else "BASE",
+        revision=f', revision="{base["revision"]}"' if on_hub else "",
+        folder="FOLDER",
+        dtype=run["arguments"]["dtype"],
+    )
+    where = (
+        "" if on_hub or folder.name == "model" else f" BASE is the folder of the base model: {describe_source(base)}."
+    )
+    card = CARD.format(
+        title=f"{base['name']}, {kind}",
+        what=what,
+        figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
+        packages=", ".join(f"{name} {number}" for name, number in training["packages"].items()),
+        loading=loading,
+        folder="FOLDER",
+        where=where,
+        base_license=base.get("license") or "not stated there",
+        data_license=origin.get("license") or "not stated there",
+    )
+    header = ModelCardData(
+        base_model=base["name"] if on_hub else None,
+        datasets=[origin["name"]] if "revision" in origin else None,
+        license=base.get("license"),
+        library_name="peft" if folder.name == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+    )
+    ModelCard(f"---\n{header.to_yaml()}\n---\n{card}").save(folder / "README.md")
+    print(f"The model card is {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main()
