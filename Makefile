@@ -149,7 +149,7 @@ verify: | $(VENV)/installed ## compare the loss curves with those on record
 	$(PY) scripts/verify_run.py $$(ls $(OUT)/lora/run.json $(OUT)/full/run.json 2> /dev/null) --curves env/curves $(ARGS)
 
 verify-tutorial: $(VENV)/tested ## check the tutorial's own figures, without its model
-	@$(PY) -m pytest tests/test_tutorial_figures.py -q -s $(ARGS)
+	@HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(PY) -m pytest tests/test_tutorial_figures.py -v -s -p no:warnings $(ARGS)
 
 push: $(from_folder)/README.md ## upload FROM=adapter|full|merged to REPO=user/name on the Hub
 	$(PY) scripts/push_model.py --folder $(from_folder) --repo_id="$$REPO" $(ARGS)
