@@ -25,25 +25,29 @@ def fail(message: str) -> None:
     sys.exit(f"error: {message}")
 
 
-def read_history(file: Path) -> list[dict]:
-    """The log entries of a run; each has a step, and most a loss."""
+def read_run(file: Path) -> dict:
+    """run.json of a training run: in its history each entry has a step, and most a loss."""
     try:
-        history = json.loads(file.read_text(encoding="utf-8"))["history"]
+        run = json.loads(file.read_text(encoding="utf-8"))
+        run["history"], run["metrics"]
     except FileNotFoundError:
         fail(f"no run at {file}. Train first, for example: make train-lora")
     except (ValueError, KeyError, TypeError):
         fail(f"{file} is not the run.json of a training run.")
-    return history
+    return run
 
 
-def plot(histories: dict[str, list[dict]], output: Path) -> None:
-    """One line of training loss a run, over optimizer steps."""
+def plot(runs: dict[str, dict], output: Path) -> None:
+    """One line of training loss a run, over optimizer steps, and a cross for the held-out loss at its end."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, history in histories.items():
+    for name, run in runs.items():
+        history, held_out = run["history"], run["metrics"].get("eval_loss")
         # A run shorter than --logging_steps has only the mean of the whole.
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         points = points or [(entry["step"], entry["train_loss"]) for entry in history if "train_loss" in entry]
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        (line,) = axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        if held_out:
+            axes.plot(history[-1]["step"], held_out, "x", color=line.get_color(), label=f"{name}, held-out rows")
     axes.set(xlabel="optimizer step", ylabel="loss (cross-entropy, nats per token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
     args = parser.parse_args()
-    plot({str(run.parent): read_history(run) for run in args.runs}, args.output)
+    plot({str(run.parent): read_run(run) for run in args.runs}, args.output)
     print(f"The picture is {args.output}")
 
 

@@ -67,9 +67,11 @@ def fail(message: str) -> None:
 
 
 def describe_source(source: dict) -> str:
-    """Name of a model or data set, and what pins it: its commit on a hub, or its sha256."""
-    pin = source.get("revision") or source.get("package") or source.get("sha256")
-    return f"{source['name']} ({pin})" if pin else source["name"]
+    """Name of a model or data set, and what pins it: its commit on a hub, its package, or the sha256 of its files."""
+    pin = source.get("revision") or source.get("package")
+    if not pin and (sha256 := source.get("sha256") or source.get("train", {}).get("sha256")):
+        pin = f"sha256 {sha256[:12]}"
+    return f"`{source['name']}`" + (f" ({pin})" if pin else "")
 
 
 def list_figures(run: dict) -> dict[str, str]:

@@ -17,6 +17,7 @@ SCRIPT_IDS = [script.name for script in SCRIPTS]
 PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
 # numpy comes with the packages that are pinned; 00_check_gpu.py probes what it imports.
 FREE = {"numpy"}
+DEVICE_SCRIPTS = [script.name for script in SCRIPTS if "CUDA_VISIBLE_DEVICES" in script.read_text(encoding="utf-8")]
 
 
 def pins() -> set[str]:
@@ -80,13 +81,18 @@ def test_check_gpu_runs_where_nothing_is_installed(tmp_path):
 
 
 def test_the_audit_assumes_what_the_training_sets():
-    assert load("audit_tokens.py").PARAMETERS.items() <= load("02_train_lora.py").PARAMETERS.items()
+    for script in ("02_train_lora.py", "03_train_full.py"):
+        assert load("audit_tokens.py").PARAMETERS.items() <= load(script).PARAMETERS.items()
+
+
+def test_what_loads_a_model_chooses_one_accelerator():
+    assert len(DEVICE_SCRIPTS) == 6  # two trainings, merge, generate, pipeline, evaluate
 
 
 @pytest.mark.parametrize(
     ("given", "seen"), [({}, "0"), ({"HIP_VISIBLE_DEVICES": "2"}, None), ({"LOCAL_RANK": "0"}, None)]
 )
-@pytest.mark.parametrize("script", ["02_train_lora.py", "05_generate.py", "evaluate.py"])
+@pytest.mark.parametrize("script", DEVICE_SCRIPTS)
 def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(
     script, given, seen, tmp_path, monkeypatch
 ):

@@ -1,9 +1,10 @@
 """What two scripts share stands in both, word for word."""
 
 import ast
+import difflib
 from collections import defaultdict
 
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS
 
 
 def test_functions_of_one_name_are_equal():
@@ -16,3 +17,14 @@ def test_functions_of_one_name_are_equal():
     assert sum(len(scripts) > 1 for texts in versions.values() for scripts in texts.values()) >= 5
     differing = {name: list(texts.values()) for name, texts in versions.items() if len(texts) > 1}
     assert not differing
+
+
+def test_training_with_and_without_lora_differ_in_what_lora_is():
+    lora, full = (
+        (ROOT / "scripts" / name).read_text().splitlines() for name in ("02_train_lora.py", "03_train_full.py")
+    )
+    pairs = difflib.SequenceMatcher(None, lora, full, autojunk=False).get_opcodes()
+    differing = sum(
+        max(end - start, other_end - other) for kind, start, end, other, other_end in pairs if kind != "equal"
+    )
+    assert differing <= 50, "what is not about LoRA stands in both, word for word"

@@ -56,6 +56,7 @@ def hub(tiny_model):
                 answer += [{"type": "file", "path": n, "size": len(files[n]), "oid": "0" * 40} for n in names]
             else:
                 answer = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                answer["cardData"] = {"license": "mit"}
             return self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         do_HEAD = do_POST = do_GET
@@ -91,7 +92,8 @@ def test_a_hub_model_comes_once_with_its_commit(hub, tiny_model, tmp_path):
     result = download_model("org/tiny", tmp_path, address)
     assert result.returncode == 0, result.stderr
     model = tmp_path / "out/base-model"
-    assert json.loads((model / "run.json").read_text()) == {"base_model": {"name": "org/tiny", "revision": COMMIT}}
+    origin = {"name": "org/tiny", "revision": COMMIT, "license": "mit"}
+    assert json.loads((model / "run.json").read_text()) == {"base_model": origin}
     assert {file.name for file in model.iterdir()} == {file.name for file in tiny_model.iterdir()} | {"run.json"}
     assert (model / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
     assert (model / "model.safetensors").is_symlink()
@@ -188,7 +190,7 @@ def test_a_hub_data_set_comes_with_its_commit_and_its_test_rows(hub, tmp_path):
     result = run("01_download.py", *args, cwd=tmp_path, **hub_environment(tmp_path, hub[0]))
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "out/dataset/run.json").read_text())["dataset"]
-    assert (record["name"], record["revision"]) == ("org/rows", COMMIT)
+    assert (record["name"], record["revision"], record["license"]) == ("org/rows", COMMIT, "mit")
     assert (tmp_path / "out/dataset/train.jsonl").read_text() == '{"text": "train"}\n'
     assert (tmp_path / "out/dataset/validation.jsonl").read_text() == '{"text": "test"}\n'
 
@@ -197,6 +199,8 @@ def test_a_folder_laid_out_as_on_a_hub_brings_its_validation_rows(tmp_path):
     (tmp_path / "given/data").mkdir(parents=True)
     for split in ("train", "validation"):
         write_rows(tmp_path / f"given/data/{split}-00000-of-00001.jsonl", [{"text": split}])
+    (tmp_path / "given/README.md").write_text("---\nlicense: cc-by-4.0\n---\nA card.\n")
     result = fetch_data(tmp_path, "given")
     assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out/dataset/run.json").read_text())["dataset"]["license"] == "cc-by-4.0"
     assert (tmp_path / "out/dataset/validation.jsonl").read_text() == '{"text": "validation"}\n'

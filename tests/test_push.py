@@ -64,7 +64,7 @@ def test_the_card_states_base_data_figures_licences_and_how_to_load(kind, tmp_pa
     assert (card.data.base_model, card.data.datasets, card.data.license) == ("org/base", ["org/rows"], "llama2")
     assert card.data.library_name == library
     figures = ["1,000 of 20,000", "2.2500", "1.7500", "60 s, 123 tokens/s", "2.00 GiB", "A chip", "torch 1.2.3"]
-    sources = ["org/base (abc)", "9 rows of org/rows (def)", "Base model: llama2. Training data: mit."]
+    sources = ["`org/base` (abc)", "9 rows of `org/rows` (def)", "Base model: llama2. Training data: mit."]
     for text in [*figures, *sources, *said, "r=8, alpha=32, layers: all-linear", "| rows in a batch | 8 |"]:
         assert text in card.content, text
     assert "{" not in card.text.replace('{"role": "user", "content"', "").replace("]}]", "")
@@ -80,7 +80,7 @@ def test_the_card_claims_no_hub_names_for_what_is_not_on_a_hub(tmp_path):
     assert run("write_card.py", "run.json", cwd=tmp_path).returncode == 0
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.base_model is None and card.data.datasets is None and card.data.license is None
-    assert "mine (ab)" in card.content and "Base model: not stated there" in card.content
+    assert "`mine` (sha256 ab)" in card.content and "Base model: not stated there" in card.content
 
 
 @pytest.fixture

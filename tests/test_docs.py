@@ -1,0 +1,37 @@
+"""What the documents name is there: tests, lines of code, targets, files."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md")}
+
+
+def test_each_row_of_the_errata_names_a_test_or_a_command():
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", DOCUMENTS["docs/tutorial.md"], re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 24))
+    for _, shown_by in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", shown_by)
+        assert tests or re.fullmatch(r"`make [a-z-]+`", shown_by)
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
+def test_quoted_code_stands_in_a_script():
+    code = "".join(script.read_text(encoding="utf-8") for script in (ROOT / "scripts").glob("*.py"))
+    text = DOCUMENTS["docs/tutorial.md"].split("## Where the tutorial")[0]
+    quoted = [line for line in re.findall(r"`([^`]+)`", text) if "(" in line]
+    assert len(quoted) >= 8
+    for line in quoted:
+        assert " ".join(line.split()) in " ".join(code.split()), line
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_targets_and_files_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"(?:^    |`)make ([a-z-]+)", DOCUMENTS[name], re.M))
+    assert named and named <= targets
+    for file in re.findall(r"`(\d\d_\w+\.py)`|\]\((?!http)([^)#]+)\)", DOCUMENTS[name]):
+        script, link = file
+        assert (ROOT / "scripts" / script if script else (ROOT / name).parent / link).exists(), file
