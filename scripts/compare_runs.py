@@ -62,6 +62,7 @@ def fail(message: str) -> None:
 
 
 def read_run(file: Path) -> dict:
+    """run.json of a training run."""
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -26,14 +26,15 @@ def fail(message: str) -> None:
 
 
 def read_run(file: Path) -> dict:
-    """run.json of a training run: in its history each entry has a step, and most a loss."""
+    """run.json of a training run."""
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-        run["history"], run["metrics"]
     except FileNotFoundError:
-        fail(f"no run at {file}. Train first, for example: make train-lora")
-    except (ValueError, KeyError, TypeError):
-        fail(f"{file} is not the run.json of a training run.")
+        fail(f"no run at {file}. Train first: make train-lora, make train-full")
+    except ValueError:
+        fail(f"{file} is not JSON. Train again.")
+    if not (isinstance(run, dict) and "history" in run):
+        fail(f"{file} is not of a training run. Give the run.json of one.")
     return run
 
 
