@@ -91,10 +91,10 @@ def summarize(run: dict) -> dict:
         "mean training loss": metrics["train_loss"],
         "last training loss": losses[-1] if losses else None,  # of the last --logging_steps
         "held-out loss": metrics.get("eval_loss"),
-        "size on disk": metrics["size_bytes"] / 1e6,
+        "size on disk": metrics["size_bytes"] / 1e6 if "size_bytes" in metrics else None,
         "base model": base["name"],
         "data": f"{origin['name']}, {data['rows']} rows",
-        "recipe": Path(run["recipe"]).stem if run["recipe"] else "the script's defaults",
+        "recipe": Path(run["recipe"]).stem if run.get("recipe") else "the script's defaults",
         "accelerator": run["accelerator"],
     }
 
@@ -151,7 +151,7 @@ def main() -> None:
     (args.output_dir / "comparison.md").write_text(text, encoding="utf-8")
     report = {"measured": measured, "tutorial": TUTORIAL}
     write_json(args.output_dir / "comparison.json", report)
-    print(text)
+    print(f"The comparison is {args.output_dir / 'comparison.md'}")
 
 
 def write_json(file: Path, content: dict) -> None:
