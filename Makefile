@@ -32,6 +32,7 @@ $(eval $(call setting,RECIPE,$(if $(filter embedded,$(BASE_MODEL)),embedded)))
 $(eval $(call setting,ARGS,))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,FROM,adapter))
+$(eval $(call setting,REPO,))
 $(eval $(call setting,BACKEND,auto))
 $(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
@@ -64,30 +65,33 @@ from_step := $(step_$(FROM))
 from_folder := $(OUT)/$(folder_$(from_step))
 
 # Steps that only read results take those that are there, however they were made, unless the step that makes them is
-# asked for too: a doubled slash is another name for Make, one without a rule. What is missing is made. A merged model,
-# which is made in seconds, is always brought up to date with its adapter.
+# asked for too: a doubled slash is another name for Make, one without a rule. What is missing is made. A merged model is
+# brought up to date with the adapter beside it.
 asked_base-model := train-lora train-full
 asked_dataset := train-lora train-full
 asked_lora := train-lora
 asked_full := train-full
 asked_merged := merge
 asked = $(filter download tutorial $(asked_$(1)),$(MAKECMDGOALS))
-result = $(or $(if $(call asked,$(1))$(filter merged,$(1)),,$(wildcard $(OUT)//$(1)/run.json)),$(OUT)/$(1)/run.json)
+follows = $(and $(filter merged,$(1)),$(wildcard $(OUT)/lora/run.json))
+result = $(or $(if $(call asked,$(1))$(call follows,$(1)),,$(wildcard $(OUT)//$(1)/run.json)),$(OUT)/$(1)/run.json)
 
 asks := $(filter infer chat pipeline push,$(MAKECMDGOALS))
 ifneq ($(asks),)
 ifeq ($(from_step),)
 $(error FROM=$(FROM) is unknown. Type: make $(asks) FROM=adapter, base, full or merged)
 endif
-# The training that takes most is not begun on the way to something else.
 ifeq ($(filter push,$(asks))$(from_step),pushbase-model)
 $(error FROM=base is not yours to upload. Type: make push FROM=adapter, full or merged REPO=user/name)
 endif
 ifeq ($(filter push,$(asks))$(REPO),push)
 $(error REPO is not given. Type: make push FROM=$(FROM) REPO=user/name)
 endif
-ifeq ($(from_step)$(call asked,full)$(wildcard $(OUT)/full/run.json),full)
-$(error there is no $(OUT)/full yet. Type: make train-full$(if $(filter-out outputs,$(OUT)), OUT=$(OUT)))
+# The training that takes most is not begun on the way to something else, and nothing on the way to an upload.
+ifneq ($(filter full,$(from_step))$(filter push,$(asks)),)
+ifeq ($(call asked,$(from_step))$(wildcard $(OUT)/$(from_step)/run.json),)
+$(error there is no $(OUT)/$(from_step) yet. Type: make $(asked_$(from_step))$(if $(filter-out outputs,$(OUT)), OUT=$(OUT)))
+endif
 endif
 endif
 
@@ -102,7 +106,7 @@ help: ## this list
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables, on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
-	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm)
 	@echo "$(VENV) is up to date"
@@ -136,10 +140,10 @@ chat: $(call result,$(from_step)) | $(ready) ## keep a conversation with FROM=ad
 	@$(call generate,$(FROM)) --chat $(ARGS)
 
 pipeline: $(call result,$(from_step)) | $(ready) ## answer PROMPT="..." through the pipeline of transformers
-	$(PY) scripts/06_pipeline_infer.py --model_name_or_path $(from_folder) --prompt="$$PROMPT" $(ARGS)
+	$(PY) scripts/06_pipeline_infer.py --model_name_or_path $(from_folder) $(base_$(FROM)) --prompt="$$PROMPT" $(ARGS)
 
-tutorial: $(OUT)/check/report.json download audit train-lora train-full compare merge \
-		$(patsubst %,$(OUT)/answers/%.jsonl,adapter base full merged pipeline) ## all of the steps above, in the tutorial's order
+answers := $(patsubst %,$(OUT)/answers/%.jsonl,adapter base full merged pipeline)
+tutorial: $(OUT)/check/report.json download audit train-lora train-full compare merge $(answers) ## all of the above, in order
 	@echo "The tutorial is done: $(OUT)/report/comparison.md, $(OUT)/answers"
 
 evaluate: $(OUT)/report/evaluation.json ## held-out loss and answers of the base model and of all that was trained
@@ -157,9 +161,9 @@ push: $(from_folder)/README.md ## upload FROM=adapter|full|merged to REPO=user/n
 test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 
-bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop (FROM=full: without LoRA)
+bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop, of train-full with FROM=full
 	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset \
-		$(if $(filter full,$(FROM)),--full $(addprefix --recipe ,$(recipe_full)),$(addprefix --recipe ,$(recipe_file))) $(ARGS)
+		$(if $(filter full,$(FROM)),--full) $(addprefix --recipe ,$(if $(filter full,$(FROM)),$(recipe_full),$(recipe_file))) $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -181,6 +185,7 @@ $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
 $(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
 $(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
 $(OUT)/.args/prompt: export TEXT = $(PROMPT)
+$(OUT)/.args/evaluated: export TEXT = $(evaluated)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
 keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; }
 $(VENV).settings: FORCE
@@ -264,8 +269,9 @@ $(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(
 $(OUT)/%/loss.png: scripts/plot_loss.py $(OUT)/%/run.json
 	$(PY) scripts/plot_loss.py $(OUT)/$*/run.json --output $@
 
-# Two runs are compared as they are there; neither is trained for it.
-runs := $(foreach step,lora full,$(if $(call asked,$(step)),$(OUT)/$(step)/run.json,$(wildcard $(OUT)//$(step)/run.json)))
+# Two runs are compared as they are there; neither is trained for it, and where one is missing the script says so.
+run = $(if $(call asked,$(1)),$(OUT)/$(1)/run.json,$(or $(wildcard $(OUT)//$(1)/run.json),FORCE))
+runs := $(call run,lora) $(call run,full)
 $(OUT)/report/comparison.json: scripts/compare_runs.py $(runs) $(OUT)/.args/compare | $(VENV)/installed
 	$(PY) scripts/compare_runs.py $(OUT)/lora/run.json $(OUT)/full/run.json --output_dir $(OUT)/report $(call args,compare)
 
@@ -282,9 +288,8 @@ $(OUT)/merged/model/README.md: $(OUT)/merged/run.json
 $(OUT)/%/README.md: scripts/write_card.py | $(VENV)/installed
 	$(PY) scripts/write_card.py $(dir $(@D))run.json
 
-# Where several prompts are given, or none, as to chat, the caller adds them.
-generate = $(PY) scripts/05_generate.py --model_name_or_path $(OUT)/$(folder_$(step_$(1))) \
-	$(if $(filter adapter,$(1)),--base_model $(OUT)/base-model)
+base_adapter := --base_model $(OUT)/base-model
+generate = $(PY) scripts/05_generate.py --model_name_or_path $(OUT)/$(folder_$(step_$(1))) $(base_$(1))
 $(OUT)/answers/adapter.jsonl: $(call result,lora)
 $(OUT)/answers/base.jsonl: $(call result,base-model)
 $(OUT)/answers/full.jsonl: $(call result,full)
@@ -296,7 +301,8 @@ $(OUT)/answers/%.jsonl: scripts/05_generate.py $(OUT)/.args/prompt | $(ready)
 
 # The base model and all that was trained or merged so far; the adapter is made where there is nothing.
 evaluated := $(or $(foreach step,lora full merged,$(if $(wildcard $(OUT)/$(step)/run.json)$(call asked,$(step)),$(step))),lora)
+evaluated := $(if $(filter merge,$(MAKECMDGOALS)),$(filter-out $(evaluated),lora)) $(evaluated)
 $(OUT)/report/evaluation.json: scripts/evaluate.py $(foreach step,$(evaluated),$(call result,$(step))) $(call result,dataset) \
-		$(call result,base-model) $(OUT)/.args/evaluate | $(ready)
+		$(call result,base-model) $(OUT)/.args/evaluate $(OUT)/.args/evaluated | $(ready)
 	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(OUT)/$(folder_$(step))) \
 		--dataset_name $(OUT)/dataset --output_dir $(OUT)/report $(call args,evaluate)

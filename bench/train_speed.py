@@ -87,11 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/base-model", help="model folder (default: outputs/base-model)")
     parser.add_argument("--data", type=Path, default=Path("outputs/dataset"), help="data set folder")
-    parser.add_argument("--recipe", type=Path, default=ROOT / "env/recipes/embedded.yaml", help="recipe of both")
+    parser.add_argument("--recipe", type=Path, help="recipe of both (default: the embedded one)")
     parser.add_argument("--full", action="store_true", help="train all parameters, with 03_train_full.py")
     parser.add_argument("--rounds", type=int, default=2, help="how often each is run (default: 2)")
     args = parser.parse_args()
 
+    args.recipe = args.recipe or ROOT / f"env/recipes/embedded{'-full' if args.full else ''}.yaml"
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     lora = set() if args.full else {"lora_target_modules", "lora_r", "lora_alpha", "lora_dropout"}
     if lacking := {"learning_rate", "max_grad_norm", *lora} - set(recipe):

@@ -164,9 +164,11 @@ def download_model(name: str, revision: str) -> tuple[Path, dict]:
 
 
 def read_license(folder: Path) -> str | None:
-    """Licence that the card (README.md) in a folder states."""
-    card = folder / "README.md"
-    return RepoCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
+    """Licence that the card (README.md) in a folder states, if there is one and it can be read as a card."""
+    try:
+        return RepoCard.load(folder / "README.md").data.get("license")
+    except Exception:  # no card, another kind of README, YAML that is not well formed
+        return None
 
 
 def link_model(source: Path, folder: Path) -> None:

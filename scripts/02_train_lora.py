@@ -267,6 +267,10 @@ def main() -> None:
         )
     except ValueError as error:
         fail(" ".join(str(error).split()))
+    if held_out and len(trainer.eval_dataset) == 0:
+        fail(
+            f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."
+        )
     if not training_args.resume_from_checkpoint:
         for old in [*output_dir.glob("checkpoints/checkpoint-*"), *output_dir.glob("checkpoints/runs")]:
             shutil.rmtree(old)  # of an earlier run: the newest by number would outlive those of this one
@@ -274,10 +278,6 @@ def main() -> None:
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
-    if held_out:
-        batch_size = training_args.per_device_eval_batch_size
-        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
-        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
     if not trainer.is_world_process_zero():
@@ -285,9 +285,20 @@ def main() -> None:
     if "revision" in base:
         config = trainer.model.peft_config["default"]
         config.base_model_name_or_path, config.revision = base["name"], base["revision"]
-    trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
-    tokenizer.save_pretrained(output_dir / "adapter")
-    metrics["size_bytes"] = sum(file.stat().st_size for file in Path(output_dir, "adapter").iterdir())
+    temporary = output_dir / "adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.model.save_pretrained(temporary, save_embedding_layers=False)
+    tokenizer.save_pretrained(temporary)
+    metrics["size_bytes"] = sum(file.stat().st_size for file in temporary.iterdir())
+    shutil.rmtree(output_dir / "adapter", ignore_errors=True)
+    temporary.rename(output_dir / "adapter")
+
+    # Measure it on the held-out rows
+    if held_out:
+        batch_size = training_args.per_device_eval_batch_size
+        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
+        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
+        print(f"held-out loss {loss:.4f} over {tokens} tokens")
 
     # Record the run: run.json is there only when all the rest is
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -315,8 +326,6 @@ def main() -> None:
     }
     write_json(output_dir / "run.json", run)
     print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if held_out:
-        print(f"held-out loss {metrics['eval_loss']:.4f} over {metrics['eval_tokens']} tokens")
     print(f"The adapter is in {output_dir / 'adapter'}")
 
 

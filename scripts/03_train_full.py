@@ -57,7 +57,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_quantization_
 PARAMETERS = dict(
     model_name_or_path="meta-llama/Llama-2-7b-chat-hf",
     dtype="float32",  # else transformers takes the checkpoint's own, float16 for Llama-2
-    output_dir="results",
+    output_dir="results-full",
     max_length=1024,
     num_train_epochs=1,
     per_device_train_batch_size=4,
@@ -258,6 +258,10 @@ def main() -> None:
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # temperature without do_sample, as some copies of Llama-2 have it: that could not be saved
+        model.generation_config.do_sample = True
     base = describe_model(name, model)
 
     # Train all parameters: the base model is fresh, nothing in it is frozen or added
@@ -274,6 +278,10 @@ def main() -> None:
         )
     except ValueError as error:
         fail(" ".join(str(error).split()))
+    if held_out and len(trainer.eval_dataset) == 0:
+        fail(
+            f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."
+        )
     if not training_args.resume_from_checkpoint:
         for old in [*output_dir.glob("checkpoints/checkpoint-*"), *output_dir.glob("checkpoints/runs")]:
             shutil.rmtree(old)  # of an earlier run: the newest by number would outlive those of this one
@@ -282,18 +290,24 @@ def main() -> None:
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
-    if held_out:
-        batch_size = training_args.per_device_eval_batch_size
-        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
-        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
 
     # Save the model: config, generation config, index and files of at most max_shard_size
     if not trainer.is_world_process_zero():
         return
-    shutil.rmtree(output_dir / "model", ignore_errors=True)  # files of another size would be loaded in place of these
-    trainer.model.save_pretrained(output_dir / "model", max_shard_size=script_args.max_shard_size)
-    tokenizer.save_pretrained(output_dir / "model")
-    metrics["size_bytes"] = sum(file.stat().st_size for file in Path(output_dir, "model").iterdir())
+    temporary = output_dir / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.model.save_pretrained(temporary, max_shard_size=script_args.max_shard_size)
+    tokenizer.save_pretrained(temporary)
+    metrics["size_bytes"] = sum(file.stat().st_size for file in temporary.iterdir())
+    shutil.rmtree(output_dir / "model", ignore_errors=True)
+    temporary.rename(output_dir / "model")
+
+    # Measure it on the held-out rows
+    if held_out:
+        batch_size = training_args.per_device_eval_batch_size
+        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
+        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
+        print(f"held-out loss {loss:.4f} over {tokens} tokens")
 
     # Record the run: run.json is there only when all the rest is
     note = Path(script_args.dataset_name, "run.json")
@@ -320,8 +334,6 @@ def main() -> None:
     }
     write_json(output_dir / "run.json", run)
     print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if held_out:
-        print(f"held-out loss {metrics['eval_loss']:.4f} over {metrics['eval_tokens']} tokens")
     print(f"The model is in {output_dir / 'model'}")
 
 

@@ -25,7 +25,6 @@ import contextlib
 import json
 import os
 import re
-import readline  # noqa: F401  line editing for --chat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,8 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
         origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
-        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+        pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
+        if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
         return base, revision
     if not ((folder / "config.json").is_file() or is_hub_id(name)):
@@ -129,6 +129,8 @@ def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]
 
 def chat(model, tokenizer, **options) -> None:
     """Keeps a conversation on the terminal; its oldest turns are dropped when it no longer fits the model's context."""
+    import readline  # noqa: F401  input() then edits lines
+
     messages = []
     print("Type a message; /new begins another conversation, an empty line or Ctrl-D ends it.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -155,11 +157,13 @@ def main() -> None:
         if not Path(args.prompts_file).is_file():
             fail(f"no file {args.prompts_file!r}. Give a text file with a prompt on each line.")
         prompts += [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if args.chat and (prompts or args.raw or args.output):
+        fail("--chat goes without --prompt, --prompts_file, --raw and --output. Leave them out, or leave out --chat.")
     if not (prompts or args.chat):
         fail('no prompt. Give --prompt "What is LoRA?", --prompts_file FILE or --chat.')
 
     model, tokenizer = load_model(args.model_name_or_path, args.base_model, args.dtype)
-    if not tokenizer.chat_template and (args.chat or not args.raw):
+    if not (args.raw or tokenizer.chat_template):
         fail(f"the tokenizer of {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if args.do_sample:

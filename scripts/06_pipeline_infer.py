@@ -13,7 +13,8 @@
 
     python 06_pipeline_infer.py --model_name_or_path out/adapter --prompt "What is LoRA?"
 
-Reads   a hub id or a folder; an adapter's folder is loaded with the base model that its adapter_config.json names.
+Reads   a hub id or a folder; a folder with an adapter_config.json is an adapter, and its base model is the one
+        named there, or --base_model.
 Writes  the answers to the terminal; with --output FILE also as JSON lines.
 
 The model's chat template is applied unless --raw. Decoding is greedy. 05_generate.py does the same without the
@@ -35,13 +36,17 @@ if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
 
 import torch
-from transformers import HfArgumentParser, pipeline
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, pipeline
 
 
 @dataclass
 class ScriptArguments:
     model_name_or_path: str = field(
         default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of a model or an adapter."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Base model of the adapter, if not the one its adapter_config.json names."}
     )
     prompt: list[str] = field(
         default_factory=lambda: ["What is a large language model?"], metadata={"help": "One or more prompts."}
@@ -74,12 +79,31 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
         origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
-        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+        pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
+        if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
         return base, revision
     if not ((folder / "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json or adapter_config.json.")
     return name, None
+
+
+def load_model(name: str, base_model: str | None, dtype: str):
+    """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
+    base, revision = find_base(name, base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
+        if base != name:
+            model = PeftModel.from_pretrained(model, name)
+    except Exception as error:  # each kind of file raises its own
+        if "size mismatch" in str(error):
+            fail(f"the adapter {name!r} does not fit {base!r}: the shapes differ. Give its own base with --base_model.")
+        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
 
 
 def main() -> None:
@@ -89,17 +113,12 @@ def main() -> None:
     except ValueError as error:
         fail(f"{error} See --help.")
     name = args.model_name_or_path
-    base, _ = find_base(name, None)
-
-    # Set the pipeline, on the accelerator if there is one
-    device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    tokenizer = name if Path(name, "tokenizer_config.json").is_file() else base
-    try:
-        pipe = pipeline("text-generation", model=name, tokenizer=tokenizer, device=device, dtype=args.dtype)
-    except Exception as error:  # each kind of file raises its own
-        fail(f"cannot load {name!r} (base model {base!r}): {' '.join(str(error).split())[:300]}")
-    if not (args.raw or pipe.tokenizer.chat_template):
+    model, tokenizer = load_model(name, args.base_model, args.dtype)
+    if not (args.raw or tokenizer.chat_template):
         fail(f"the tokenizer of {name!r} has no chat template. Add --raw to continue the prompt.")
+
+    # Set the pipeline; it takes a hub id or a folder too, an adapter's with the newest revision of its base
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
 
     # Generate tokens; a conversation goes through the chat template, a text as it stands
     inputs = args.prompt if args.raw else [[{"role": "user", "content": prompt}] for prompt in args.prompt]

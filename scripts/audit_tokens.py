@@ -175,6 +175,13 @@ def show_row(row: dict, tokenizer) -> str:
     return "".join(pieces)
 
 
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = TrlParser(
         (ScriptArguments, ModelConfig, SFTConfig),
@@ -232,13 +239,6 @@ def main() -> None:
         fail(f"{'; '.join(problems)}. Mend the data set, or the chat template of the tokenizer.")
     if script_args.output:
         write_json(Path(script_args.output), report)
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def read_run(file: Path) -> dict:
         fail(f"no run at {file}. Train first: make train-lora, make train-full")
     except ValueError:
         fail(f"{file} is not JSON. Train again.")
-    if not (isinstance(run, dict) and "history" in run):
+    if not (isinstance(run, dict) and run.keys() >= {"base_model", "dataset", "arguments", "metrics", "history"}):
         fail(f"{file} is not of a training run. Give the run.json of one.")
     return run
 
@@ -102,7 +102,7 @@ def summarize(run: dict) -> dict:
 def check_comparable(runs: dict[str, dict]) -> None:
     """Stops where the runs differ in what must be equal for a comparison to say something."""
     for what, key in {
-        "base models": lambda run: run["base_model"],
+        "base models": lambda run: [run["base_model"].get(pin) for pin in ("name", "revision", "sha256")],
         "training rows": lambda run: run["dataset"]["sha256"],
         "seeds": lambda run: run["arguments"]["seed"],
     }.items():
@@ -124,21 +124,28 @@ def format_table(columns: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="folder for comparison.{md,json}")
     parser.add_argument("--allow_different", action="store_true", help="compare runs of different model, data or seed")
     args = parser.parse_args()
-    if len(args.runs) < 2:
+    if len({file.resolve() for file in args.runs}) < 2:
         fail("one run alone cannot be compared. Give two or more, for example: out/lora/run.json out/full/run.json")
-    runs = {str(file.parent): read_run(file) for file in args.runs}
+    names = [file.resolve().parent.name for file in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(file) for file in args.runs]
+    runs = {name: read_run(file) for name, file in zip(names, args.runs, strict=True)}
     if not args.allow_different:
         check_comparable(runs)
-    columns = {
-        Path(name).name if len({Path(n).name for n in runs}) == len(runs) else name: run for name, run in runs.items()
-    }
-    measured = {name: summarize(run) for name, run in columns.items()}
+    measured = {name: summarize(run) for name, run in runs.items()}
 
     text = (
         "# Comparison\n\n"
@@ -152,13 +159,6 @@ def main() -> None:
     report = {"measured": measured, "tutorial": TUTORIAL}
     write_json(args.output_dir / "comparison.json", report)
     print(f"The comparison is {args.output_dir / 'comparison.md'}")
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 if __name__ == "__main__":

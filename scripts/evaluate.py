@@ -159,7 +159,8 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
         origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
-        if len(origins) == 2 and None not in origins and origins[0] != origins[1]:
+        pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
+        if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
         return base, revision
     if not ((folder / "config.json").is_file() or is_hub_id(name)):
@@ -207,7 +208,8 @@ def check_training_rows(models: list[str], dataset_name: str) -> None:
     sha256 = hashlib.sha256(json.dumps(load_rows(dataset_name, "train")[:]).encode()).hexdigest()
     for model in models:
         note = Path(model).parent / "run.json"
-        if note.is_file() and json.loads(note.read_text(encoding="utf-8"))["dataset"]["sha256"] != sha256:
+        trained_on = json.loads(note.read_text(encoding="utf-8")).get("dataset") if note.is_file() else None
+        if trained_on and trained_on["sha256"] != sha256:
             fail(f"{model} was trained on other rows than {dataset_name}/train.jsonl. Train again: make train-lora")
 
 

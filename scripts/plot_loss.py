@@ -33,7 +33,7 @@ def read_run(file: Path) -> dict:
         fail(f"no run at {file}. Train first: make train-lora, make train-full")
     except ValueError:
         fail(f"{file} is not JSON. Train again.")
-    if not (isinstance(run, dict) and "history" in run):
+    if not (isinstance(run, dict) and run.keys() >= {"base_model", "dataset", "arguments", "metrics", "history"}):
         fail(f"{file} is not of a training run. Give the run.json of one.")
     return run
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
     args = parser.parse_args()
-    plot({str(run.parent): read_run(run) for run in args.runs}, args.output)
+    plot({str(run): read_run(run) for run in args.runs}, args.output)
     print(f"The picture is {args.output}")
 
 

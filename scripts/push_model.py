@@ -7,8 +7,8 @@
     python push_model.py --folder out/adapter --repo_id user/name
 
 Reads   the folder, and a token with write access: HF_TOKEN in the environment or in .env, or that of hf auth login.
-Writes  a private repository, made where there is none; --public makes a public one. Without a token, or with --dry_run,
-        it says what it would upload and uploads nothing.
+Writes  a private repository, made where there is none; --public allows and makes a public one. Without a token, or with
+        --dry_run, it says what it would upload and uploads nothing.
 
 Only files of the folder itself are uploaded; a link that leads out of it stops the upload.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder of an adapter or a model")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub")
-    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument("--public", action="store_true", help="make a public repository, or upload into one")
     parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, upload nothing")
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
@@ -58,6 +58,8 @@ def main() -> None:
         return
     try:
         repo = HfApi().create_repo(args.repo_id, private=not args.public, exist_ok=True)
+        if not (args.public or HfApi().model_info(args.repo_id).private):
+            fail(f"{args.repo_id} is there already, and public. To upload into it all the same: --public")
         HfApi().upload_folder(
             repo_id=args.repo_id,
             folder_path=args.folder,

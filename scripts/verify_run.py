@@ -20,10 +20,10 @@ import json
 import sys
 from pathlib import Path
 
-# What a loss curve depends on, besides model and rows. Names that a script does not have are left out.
+# What a loss curve depends on, besides model and rows.
+LORA_ARGUMENTS = "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora load_in_4bit".split()
 ARGUMENTS = """
-    dtype lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora load_in_4bit load_in_8bit
-    max_length packing completion_only_loss assistant_only_loss eos_token
+    dtype max_length packing completion_only_loss assistant_only_loss eos_token
     num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps train_sampling_strategy
     optim learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 fp16 seed data_seed logging_steps
 """.split()
@@ -41,7 +41,7 @@ def read_run(file: Path) -> dict:
         fail(f"no run at {file}. Train first: make train-lora, make train-full")
     except ValueError:
         fail(f"{file} is not JSON. Train again.")
-    if not (isinstance(run, dict) and "history" in run):
+    if not (isinstance(run, dict) and run.keys() >= {"base_model", "dataset", "arguments", "metrics", "history"}):
         fail(f"{file} is not of a training run. Give the run.json of one.")
     return run
 
@@ -52,7 +52,8 @@ def list_points(run: dict) -> list[list[float]]:
 
 
 def choose_arguments(run: dict) -> dict:
-    return {name: run["arguments"][name] for name in ARGUMENTS if name in run["arguments"]}
+    names = ARGUMENTS + (LORA_ARGUMENTS if run["arguments"]["use_peft"] else [])
+    return {name: run["arguments"][name] for name in names}
 
 
 def name_data(run: dict) -> str:
@@ -116,6 +117,13 @@ def compare(curve: dict, run: dict) -> str | None:
     return None
 
 
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run.json of a training run")
@@ -146,13 +154,6 @@ def main() -> None:
         fail("\n".join(problems))
     if not compared:
         fail(f"nothing was compared. Curves are in {args.curves}; --record writes one.")
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 if __name__ == "__main__":

@@ -71,14 +71,15 @@ def describe_source(source: dict) -> str:
     pin = source.get("revision") or source.get("package")
     if not pin and (sha256 := source.get("sha256") or source.get("train", {}).get("sha256")):
         pin = f"sha256 {sha256[:12]}"
-    return f"`{source['name']}`" + (f" ({pin})" if pin else "")
+    name = source["name"] if "revision" in source else Path(source["name"]).name  # no paths of this machine
+    return f"`{name}`" + (f" ({pin})" if pin else "")
 
 
 def list_figures(run: dict) -> dict[str, str]:
     """What was trained and measured, as rows of a table."""
     arguments, metrics, parameters = run["arguments"], run["metrics"], run["parameters"]
     figures = {
-        "recipe": run["recipe"] or "the tutorial's values",
+        "recipe": run.get("recipe") or "the script's defaults and options",
         "trainable parameters": f"{parameters['trainable']:,} of {parameters['total']:,}",
         "learning rate": f"{arguments['learning_rate']:g}, {arguments['lr_scheduler_type']}",
         "rows in a batch": str(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]),
@@ -89,7 +90,7 @@ def list_figures(run: dict) -> dict[str, str]:
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "accelerator": run["accelerator"],
     }
-    if "lora_r" in arguments and arguments["use_peft"]:
+    if arguments["use_peft"]:
         targets = arguments["lora_target_modules"]
         layers = ", ".join(targets) if isinstance(targets, list) else targets or "PEFT's choice for the architecture"
         figures["LoRA"] = f"r={arguments['lora_r']}, alpha={arguments['lora_alpha']}, layers: {layers}"
@@ -106,12 +107,13 @@ def main() -> None:
         run = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         fail(f"no run at {file}. Train first, for example: make train-lora")
-    folder = next((file.parent / name for name in ("adapter", "model") if (file.parent / name).is_dir()), None)
-    if folder is None or not (run.get("training") or run.get("history")):
-        fail(f"{file} has no record of a training, or no adapter/ or model/ beside it. Train first: make train-lora")
-
     merged = "adapter" in run
     training = run["training"] if merged else run
+    if "metrics" not in training:
+        fail(f"{file} has no record of a training. Train first, for example: make train-lora")
+    folder = file.parent / ("adapter" if training["arguments"]["use_peft"] and not merged else "model")
+    if not folder.is_dir():
+        fail(f"{folder} is not there. Train again.")
     base, data = run["base_model"], run["dataset"]
     origin = data["origin"] or data
     on_hub = "revision" in base
@@ -139,15 +141,15 @@ def main() -> None:
         "" if on_hub or folder.name == "model" else f" BASE is the folder of the base model: {describe_source(base)}."
     )
     card = CARD.format(
-        title=f"{base['name']}, {kind}",
+        title=f"{base['name'] if on_hub else Path(base['name']).name}, {kind}",
         what=what,
         figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
         packages=", ".join(f"{name} {number}" for name, number in training["packages"].items()),
         loading=loading,
         folder="FOLDER",
         where=where,
-        base_license=base.get("license") or "not stated there",
-        data_license=origin.get("license") or "not stated there",
+        base_license=base.get("license") or "not recorded",
+        data_license=origin.get("license") or "not recorded",
     )
     header = ModelCardData(
         base_model=base["name"] if on_hub else None,

@@ -114,4 +114,4 @@ def check_refusal(script, args, said, folder, monkeypatch, capsys) -> None:
         load(script).main()
     message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0
-    assert said in message and len(message.splitlines()) <= 4
+    assert said in message and len(message.splitlines()) <= 2

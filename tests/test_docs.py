@@ -28,6 +28,11 @@ def test_quoted_code_stands_in_a_script():
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(name):
+    assert not re.findall(r"^[A-Z]{5,}$|TODO|TUTTIME|TOLDERIVED", DOCUMENTS[name], re.M)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_targets_and_files_exist(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     named = set(re.findall(r"(?:^    |`)make ([a-z-]+)", DOCUMENTS[name], re.M))

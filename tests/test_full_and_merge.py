@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, check_refusal, load, run
+from conftest import ROOT, check_refusal, load, run, write_rows
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 
@@ -34,7 +34,7 @@ def runs(tiny_model, question_rows, tmp_path_factory):
     merge = ("--model_name_or_path", "lora/adapter", "--output_dir", "merged", "--prompts", *QUESTIONS)
     result = run("04_merge_adapter.py", *merge, cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "3 of 3 greedy answers are the same" in result.stdout
+    assert "merged in float32: 6 of 6 tokens" in result.stdout and "saved in float32: 6 of 6" in result.stdout
     return folder
 
 
@@ -117,7 +117,7 @@ def test_adapter_and_merged_model_load_in_plain_python_and_agree(runs, tiny_mode
     names = {file.name for file in (runs / "merged/model").iterdir()}
     assert "tokenizer.json" in names and "generation_config.json" in names and "adapter_config.json" not in names
     record = read(runs / "merged/run.json")
-    assert record["check"]["same_answers"] == 3 and record["check"]["largest_difference"] < 1e-4
+    assert record["check"]["same_tokens"] == 6 and record["check"]["largest_difference"] < 1e-4
     assert record["dataset"] == read(runs / "lora/run.json")["dataset"]
 
 
@@ -127,7 +127,7 @@ def test_a_merge_saved_in_fewer_bits_is_checked_with_its_own_tolerance(dtype, ru
     result = run("04_merge_adapter.py", *merge, "--dtype", dtype, "--max_new_tokens", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {str(value.dtype) for value in weights(tmp_path / "model").values()} == {f"torch.{dtype}"}
-    assert 1e-4 < read(tmp_path / "run.json")["check"]["largest_difference"] < (0.5 if dtype == "bfloat16" else 0.05)
+    assert 1e-4 < read(tmp_path / "run.json")["check"]["largest_difference"] < (0.5 if dtype == "bfloat16" else 0.1)
 
 
 def test_a_merge_that_is_not_the_adapter_fails_and_leaves_what_was_there(runs, tmp_path, monkeypatch):
@@ -138,10 +138,47 @@ def test_a_merge_that_is_not_the_adapter_fails_and_leaves_what_was_there(runs, t
     monkeypatch.setattr(
         "sys.argv", ["04", "--model_name_or_path", str(runs / "lora/adapter"), "--output_dir", str(output)]
     )
-    with pytest.raises(SystemExit, match="not the adapter .* nothing was kept"):
+    with pytest.raises(SystemExit, match="is not what the adapter is"):
         module.main()
     assert sorted(file.name for file in output.iterdir()) == ["model"]
     assert all(torch.equal(value, before[name]) for name, value in weights(output / "model").items())
+
+
+def test_a_merge_that_is_spoiled_on_its_way_to_the_disk_fails(runs, tmp_path, monkeypatch):
+    module = load("04_merge_adapter.py")
+    load_model = module.load_model
+
+    def load_spoiled(name, *args):
+        model, tokenizer = load_model(name, *args)
+        if name.endswith("model.tmp"):
+            model.model.layers[0].mlp.up_proj.weight.data.zero_()
+        return model, tokenizer
+
+    monkeypatch.setattr(module, "load_model", load_spoiled)
+    command = ["--model_name_or_path", str(runs / "lora/adapter"), "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["04_merge_adapter.py", *command])
+    with pytest.raises(SystemExit, match="is not what the adapter is"):
+        module.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generation_settings_that_could_not_be_saved_do_not_cost_the_training(tiny_model, question_rows, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings = read(base / "generation_config.json") | {"temperature": 0.9, "top_p": 0.6}  # without do_sample
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    train("03_train_full.py", base, question_rows, tmp_path / "full", "--max_steps", "2", "--save_steps", "1")
+    assert read(tmp_path / "full/model/generation_config.json")["temperature"] == 0.9
+
+
+def test_held_out_rows_without_loss_stop_the_training_before_it_begins(tiny_model, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}]
+    write_rows(tmp_path / "train.jsonl", rows * 4)
+    write_rows(tmp_path / "validation.jsonl", [{"prompt": "a " * 60, "completion": "b"}])
+    command = ("--model_name_or_path", tiny_model, "--dataset_name", tmp_path, "--output_dir", tmp_path / "out")
+    for script in ("02_train_lora.py", "03_train_full.py"):
+        result = run(script, *command, "--dataset_test_split", "validation", "--max_length", 30, cwd=tmp_path)
+        assert result.returncode == 1 and "no held-out row has a token with loss" in result.stderr, result.stderr
+        assert "'train_loss'" not in result.stdout + result.stderr
 
 
 def test_a_rerun_leaves_no_weights_of_another_size(runs, tiny_model, question_rows, tmp_path):
@@ -273,6 +310,7 @@ BAD = {
         "is a whole model, there is nothing",
     ),
     "merge nothing": ("04_merge_adapter.py", ["--model_name_or_path", "nowhere"], "no adapter at 'nowhere'"),
+    "merge into the training": ("04_merge_adapter.py", ["--output_dir", "lora"], "holds the record of the adapter"),
     "another base": ("04_merge_adapter.py", ["--base_model", "other"], "does not fit 'other': the shapes differ"),
     "4-bit base": ("04_merge_adapter.py", ["--base_model", "four"], "is quantized"),
     "lora": ("03_train_full.py", ["--use_peft"], "02_train_lora.py"),

@@ -91,8 +91,10 @@ def test_dry_run_leaves_nothing(project):
 
 def test_no_target_prints_the_targets(project):
     result = project.make()
-    for target in ("setup", "check-gpu", "download", "train-lora", "infer", "evaluate", "test", "lint", "clean"):
-        assert f"\n  {target} " in result.stdout
+    phony = (ROOT / "Makefile").read_text().split(".PHONY: ")[1].replace("\\\n", " ").split("\n")[0].split()
+    assert "tutorial" in phony
+    for target in set(phony) - {"FORCE"}:
+        assert f"\n  {target} " in result.stdout, target
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,25 @@ def test_a_merged_model_follows_its_adapter(trained):
     assert trained.steps() == ["04_merge_adapter", "05_generate"]
 
 
+def test_a_merged_model_is_used_where_its_adapter_is_gone(trained):
+    trained.make("merge")
+    shutil.rmtree(trained.folder / "outputs/lora")
+    for target in ("infer", "pipeline", "chat"):
+        trained.make(target, "FROM=merged")
+        assert len(trained.steps()) == 1 and "outputs/merged/model" in trained.commands()[0]
+
+
+def test_a_report_does_not_outlive_what_it_reports(trained):
+    trained.make("train-full", "merge")
+    trained.make("compare", "evaluate")
+    assert trained.make("compare", "evaluate").returncode == 0 and trained.steps() == []
+    shutil.rmtree(trained.folder / "outputs/full")
+    trained.make("compare")
+    assert trained.steps()[0] == "compare_runs"  # which says what is missing
+    trained.make("evaluate")
+    assert "--models outputs/lora/adapter outputs/merged/model --dataset" in trained.commands()[0]
+
+
 def test_everything_that_was_trained_is_evaluated(trained):
     trained.make("train-full", "merge")
     trained.make("evaluate")
@@ -243,12 +264,12 @@ def test_everything_that_was_trained_is_evaluated(trained):
 
 
 def test_a_card_is_written_before_the_upload_and_the_base_is_not_uploaded(trained):
-    for card in trained.folder.glob("outputs/lora/adapter/README.md"):
-        card.unlink()
+    (trained.folder / "outputs/lora/adapter/README.md").unlink()
     assert trained.make("push", "REPO=user/name").returncode == 0
     assert trained.steps() == ["write_card", "push_model"]
     assert "--folder outputs/lora/adapter --repo_id=user/name" in trained.commands()[1]
     assert "REPO is not given" in trained.make("push").stderr
+    assert "Type: make merge" in trained.make("push", "FROM=merged", "REPO=user/name").stderr and trained.steps() == []
     assert "not yours to upload" in trained.make("push", "FROM=base", "REPO=user/name").stderr
 
 

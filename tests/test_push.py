@@ -39,15 +39,16 @@ RUN = {
     },
     "history": [{"loss": 2.0}],
 }
+FULL = RUN | {"arguments": RUN["arguments"] | {"use_peft": False}}
 MERGED = {key: RUN[key] for key in ("base_model", "dataset")} | {
     "adapter": {"name": "out/lora/adapter", "sha256": "0"},
     "training": {key: RUN[key] for key in RUN if key not in ("base_model", "dataset", "history")},
     "arguments": {"dtype": "bfloat16"},
-    "check": {"largest_difference": 0.02, "tolerance": 0.5, "same_answers": 4},
+    "check": {"largest_difference": 0.02, "tolerance": 0.5, "tokens": 9, "same_tokens": 9},
 }
 CARDS = {
     "adapter": (RUN, "peft", ["PeftModel.from_pretrained(base", 'from_pretrained("org/base", revision="abc"']),
-    "model": (RUN, "transformers", ["all of its parameters fine-tuned", 'from_pretrained("FOLDER", dtype="float32")']),
+    "model": (FULL, "transformers", ["all of its parameters fine-tuned", 'from_pretrained("FOLDER", dtype="float32")']),
     "merged": (MERGED, "transformers", ["merged into one model", 'dtype="bfloat16"', "saved as bfloat16"]),
 }
 
@@ -65,28 +66,30 @@ def test_the_card_states_base_data_figures_licences_and_how_to_load(kind, tmp_pa
     assert card.data.library_name == library
     figures = ["1,000 of 20,000", "2.2500", "1.7500", "60 s, 123 tokens/s", "2.00 GiB", "A chip", "torch 1.2.3"]
     sources = ["`org/base` (abc)", "9 rows of `org/rows` (def)", "Base model: llama2. Training data: mit."]
-    for text in [*figures, *sources, *said, "r=8, alpha=32, layers: all-linear", "| rows in a batch | 8 |"]:
+    for text in [*figures, *sources, *said, "| rows in a batch | 8 |"]:
         assert text in card.content, text
+    assert ("r=8, alpha=32, layers: all-linear" in card.content) == (kind != "model")
     assert "{" not in card.text.replace('{"role": "user", "content"', "").replace("]}]", "")
 
 
 def test_the_card_claims_no_hub_names_for_what_is_not_on_a_hub(tmp_path):
     (tmp_path / "model").mkdir()
-    local = RUN | {
-        "base_model": {"name": "mine", "sha256": "ab"},
+    local = FULL | {
+        "base_model": {"name": "/home/me/mine", "sha256": "ab"},
         "dataset": {"name": "my.jsonl", "rows": 9, "origin": None},
     }
     (tmp_path / "run.json").write_text(json.dumps(local))
     assert run("write_card.py", "run.json", cwd=tmp_path).returncode == 0
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.base_model is None and card.data.datasets is None and card.data.license is None
-    assert "`mine` (sha256 ab)" in card.content and "Base model: not stated there" in card.content
+    assert "`mine` (sha256 ab)" in card.content and "Base model: not recorded" in card.content
+    assert "/home" not in card.content
 
 
 @pytest.fixture
 def hub():
-    """Address of a hub that takes any upload, and what it was sent: requests as (path, body)."""
-    sent = []
+    """Address of a hub that takes any upload, what it was sent as (path, body), whether its repository is private."""
+    sent, private = [], [True]
 
     class Hub(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -112,7 +115,7 @@ def hub():
             self.answer(answer)
 
         def do_GET(self):
-            self.answer({"id": "user/name", "sha": "c" * 40, "siblings": []})
+            self.answer({"id": "user/name", "sha": "c" * 40, "siblings": [], "private": private[0]})
 
         def answer(self, answer):
             self.send_response(200)
@@ -125,7 +128,7 @@ def hub():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", sent
+    yield f"http://127.0.0.1:{server.server_port}", sent, private
     server.shutdown()
 
 
@@ -145,7 +148,7 @@ def push(adapter, address, *args, repo="user/name", token="hf_" + "secret" * 5):
 
 
 def test_the_folder_is_uploaded_to_a_private_repository_and_nothing_else(adapter, hub):
-    address, sent = hub
+    address, sent, _ = hub
     result = push(adapter, address)
     assert result.returncode == 0, result.stderr
     assert "secret" not in result.stdout + result.stderr + "".join(body for _, body in sent)
@@ -166,6 +169,16 @@ def test_without_a_token_or_on_a_dry_run_it_says_what_and_sends_nothing(args, to
     assert "adapter_model.safetensors" in result.stdout and "nothing was uploaded to user/name" in result.stdout
     assert ("put HF_TOKEN=" in result.stdout) == (not token)
     assert hub[1] == []
+
+
+def test_a_public_repository_is_uploaded_into_only_when_asked(adapter, hub):
+    address, sent, private = hub
+    private[0] = False
+    result = push(adapter, address)
+    assert result.returncode == 1 and "--public" in result.stderr
+    assert not [path for path, _ in sent if "/commit/" in path]
+    assert push(adapter, address, "--public").returncode == 0
+    assert [path for path, _ in sent if "/commit/" in path]
 
 
 def test_what_lies_outside_or_is_no_model_is_not_uploaded(adapter, hub):
