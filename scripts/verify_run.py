@@ -10,7 +10,7 @@ Reads   run.json files as the training scripts write them, and the curves: JSON 
 Exits   with status 1 if a run leaves its curve by more than the tolerance recorded with it, was run with other
         arguments or data, or if there is a curve for none of the runs. A curve that is not binding is only shown.
 
-    python verify_run.py out/run.json --record FILE --tolerance 0.02
+    python verify_run.py out/run.json --record FILE --tolerance 0.002
 
 writes the curve of a run to a file.
 """
@@ -99,12 +99,12 @@ def compare(curve: dict, run: dict) -> str | None:
         return f"this is not the run on record: {'; '.join(differences)}"
     if not points:
         return "its log has no loss: it was shorter than --logging_steps"
-    print(f"{'epoch':>8} {'recorded':>9} {'epoch':>8} {'this run':>9} {'off by':>8}")
+    print(f"{'epoch':>8} {'recorded':>9} {'epoch':>8} {'this run':>9} {'off by':>9}")
     worst, left = 0.0, None
     for epoch, loss in curve["points"]:
         own_epoch, own_loss = min(points, key=lambda point: abs(point[0] - epoch))
         off = own_loss / loss - 1
-        print(f"{epoch:8.3f} {loss:9.4f} {own_epoch:8.3f} {own_loss:9.4f} {100 * off:+7.2f}%")
+        print(f"{epoch:8.3f} {loss:9.4f} {own_epoch:8.3f} {own_loss:9.4f} {100 * off:+8.4f}%")
         worst = max(worst, abs(off))
         if left is None and not abs(off) <= tolerance:  # a loss of NaN leaves it too
             left = f"it leaves the curve at epoch {epoch:.3f}: loss {own_loss:.4f}, on record {loss:.4f}"
@@ -113,7 +113,7 @@ def compare(curve: dict, run: dict) -> str | None:
         return None
     if left:
         return f"{left} (tolerance {100 * tolerance:g} %)"
-    print(f"pass: all {len(curve['points'])} points within {100 * worst:.2f} %, tolerance {100 * tolerance:g} %")
+    print(f"pass: all {len(curve['points'])} points within {100 * worst:.4f} %, tolerance {100 * tolerance:g} %")
     return None
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, default=Path("env/curves"), help="folder of the curves")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the curve of the run to FILE")
     parser.add_argument(
-        "--tolerance", type=float, default=0.02, help="with --record: how far off a loss may be (share)"
+        "--tolerance", type=float, default=0.002, help="with --record: how far off a loss may be (share)"
     )
     args = parser.parse_args()
     if not args.runs:
