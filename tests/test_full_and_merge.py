@@ -1,5 +1,6 @@
 """03_train_full.py, 04_merge_adapter.py, 06_pipeline_infer.py, compare_runs.py, verify_run.py on a tiny model."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -302,6 +303,34 @@ def test_a_run_is_held_against_the_curve_on_record(runs, tmp_path):
     assert "nothing was compared" in verdict(lambda record: record.update(script="03_train_full.py"))
     curve.write_text(json.dumps(read(curve) | {"binding": False, "note": "another batch size", "dataset_sha256": "0"}))
     assert "Not binding: another batch size" in verdict(lambda record: record["arguments"].update(learning_rate=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "recipe"),
+    [
+        ("embedded-lora", "02_train_lora.py", "embedded"),
+        ("embedded-full", "03_train_full.py", "embedded-full"),
+    ],
+)
+def test_curves_on_record_are_of_the_recipes_and_the_rows_that_are_here(name, script, recipe):
+    curve, module = read(ROOT / f"env/curves/{name}.json"), load(script)
+    stated = module.PARAMETERS | yaml.safe_load((ROOT / f"env/recipes/{recipe}.yaml").read_text())
+    assert (
+        curve["script"] == script
+        and curve["arguments"].items()
+        >= {key: value for key, value in stated.items() if key in curve["arguments"]}.items()
+    )
+    rows = module.load_rows(str(ROOT / "data"), "train")
+    assert curve["dataset_sha256"] == hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest()
+
+
+def test_the_tutorials_log_is_shown_beside_and_not_binding(runs, tmp_path):
+    record = read(runs / "lora/run.json")
+    record["base_model"] = {"name": "meta-llama/Llama-2-7b-chat-hf", "revision": "abc"}
+    record["dataset"]["origin"] = {"name": "mlabonne/guanaco-llama2-1k"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    result = run("verify_run.py", "run.json", "--curves", ROOT / "env/curves", cwd=tmp_path)
+    assert result.returncode == 0 and "1.5973" in result.stdout and "Not binding" in result.stdout
 
 
 BAD = {
