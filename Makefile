@@ -284,7 +284,7 @@ $(OUT)/merged/run.json: scripts/04_merge_adapter.py $(call result,lora) $(OUT)/.
 
 $(OUT)/lora/adapter/README.md: $(call result,lora)
 $(OUT)/full/model/README.md: $(call result,full)
-$(OUT)/merged/model/README.md: $(OUT)/merged/run.json
+$(OUT)/merged/model/README.md: $(call result,merged)
 $(OUT)/%/README.md: scripts/write_card.py | $(VENV)/installed
 	$(PY) scripts/write_card.py $(dir $(@D))run.json
 
@@ -300,8 +300,11 @@ $(OUT)/answers/%.jsonl: scripts/05_generate.py $(OUT)/.args/prompt | $(ready)
 	$(call generate,$*) --prompt="$$PROMPT" --output $@
 
 # The base model and all that was trained or merged so far; the adapter is made where there is nothing.
-evaluated := $(or $(foreach step,lora full merged,$(if $(wildcard $(OUT)/$(step)/run.json)$(call asked,$(step)),$(step))),lora)
-evaluated := $(if $(filter merge,$(MAKECMDGOALS)),$(filter-out $(evaluated),lora)) $(evaluated)
+wanted_lora := merge train-lora
+wanted_full := train-full
+wanted_merged := merge
+wanted = $(or $(wildcard $(OUT)/$(1)/run.json),$(filter tutorial $(wanted_$(1)),$(MAKECMDGOALS)))
+evaluated := $(or $(foreach step,lora full merged,$(if $(call wanted,$(step)),$(step))),lora)
 $(OUT)/report/evaluation.json: scripts/evaluate.py $(foreach step,$(evaluated),$(call result,$(step))) $(call result,dataset) \
 		$(call result,base-model) $(OUT)/.args/evaluate $(OUT)/.args/evaluated | $(ready)
 	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(OUT)/$(folder_$(step))) \

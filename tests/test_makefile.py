@@ -255,6 +255,15 @@ def test_a_report_does_not_outlive_what_it_reports(trained):
     assert "--models outputs/lora/adapter outputs/merged/model --dataset" in trained.commands()[0]
 
 
+def test_only_what_is_asked_for_is_made_to_be_evaluated(project):
+    project.make("download", "evaluate")
+    assert (
+        "03_train_full" not in project.steps() and "--models outputs/lora/adapter --dataset" in project.commands()[-1]
+    )
+    project.make("merge", "evaluate", "OUT=new")
+    assert "--models new/lora/adapter new/merged/model --dataset" in project.commands()[-1]
+
+
 def test_everything_that_was_trained_is_evaluated(trained):
     trained.make("train-full", "merge")
     trained.make("evaluate")
