@@ -304,7 +304,7 @@ wanted_lora := merge train-lora
 wanted_full := train-full
 wanted_merged := merge
 wanted = $(or $(wildcard $(OUT)/$(1)/run.json),$(filter tutorial $(wanted_$(1)),$(MAKECMDGOALS)))
-evaluated := $(or $(foreach step,lora full merged,$(if $(call wanted,$(step)),$(step))),lora)
+evaluated := $(or $(strip $(foreach step,lora full merged,$(if $(call wanted,$(step)),$(step)))),lora)
 $(OUT)/report/evaluation.json: scripts/evaluate.py $(foreach step,$(evaluated),$(call result,$(step))) $(call result,dataset) \
 		$(call result,base-model) $(OUT)/.args/evaluate $(OUT)/.args/evaluated | $(ready)
 	$(PY) scripts/evaluate.py --base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(OUT)/$(folder_$(step))) \
