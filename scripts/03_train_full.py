@@ -243,6 +243,8 @@ def main() -> None:
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
     held_out = None
     if test_split := script_args.dataset_test_split:
+        if Path(script_args.dataset_name).is_file():
+            fail(f"a file has no split {test_split!r}. Give a folder with train.* and {test_split}.* files.")
         held_out = load_rows(script_args.dataset_name, test_split, training_args.dataset_text_field)
     name = model_args.model_name_or_path
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):

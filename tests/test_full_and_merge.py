@@ -178,6 +178,9 @@ def test_held_out_rows_without_loss_stop_the_training_before_it_begins(tiny_mode
     write_rows(tmp_path / "validation.jsonl", [{"prompt": "a " * 60, "completion": "b"}])
     command = ("--model_name_or_path", tiny_model, "--dataset_name", tmp_path, "--output_dir", tmp_path / "out")
     for script in ("02_train_lora.py", "03_train_full.py"):
+        file = ("--dataset_name", tmp_path / "train.jsonl", "--dataset_test_split", "validation")
+        result = run(script, *command, *file, cwd=tmp_path)
+        assert result.returncode == 1 and "a file has no split 'validation'" in result.stderr
         result = run(script, *command, "--dataset_test_split", "validation", "--max_length", 30, cwd=tmp_path)
         assert result.returncode == 1 and "no held-out row has a token with loss" in result.stderr, result.stderr
         assert "'train_loss'" not in result.stdout + result.stderr
