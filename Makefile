@@ -300,10 +300,7 @@ $(OUT)/answers/%.jsonl: scripts/05_generate.py $(OUT)/.args/prompt | $(ready)
 	$(call generate,$*) --prompt="$$PROMPT" --output $@
 
 # The base model and all that was trained or merged so far; the adapter is made where there is nothing.
-wanted_lora := merge train-lora
-wanted_full := train-full
-wanted_merged := merge
-wanted = $(or $(wildcard $(OUT)/$(1)/run.json),$(filter tutorial $(wanted_$(1)),$(MAKECMDGOALS)))
+wanted = $(or $(wildcard $(OUT)/$(1)/run.json),$(filter tutorial $(asked_$(1)) $(if $(filter lora,$(1)),merge),$(MAKECMDGOALS)))
 evaluated := $(or $(strip $(foreach step,lora full merged,$(if $(call wanted,$(step)),$(step)))),lora)
 $(OUT)/report/evaluation.json: scripts/evaluate.py $(foreach step,$(evaluated),$(call result,$(step))) $(call result,dataset) \
 		$(call result,base-model) $(OUT)/.args/evaluate $(OUT)/.args/evaluated | $(ready)

@@ -146,6 +146,15 @@ def chat(model, tokenizer, **options) -> None:
             messages.append({"role": "assistant", "content": answer})
 
 
+def write_answers(file: Path, prompts: list[str], answers: list[str], model: str) -> None:
+    """Writes a JSON object a line, the file whole or not at all."""
+    rows = [{"prompt": p, "answer": a, "model": model} for p, a in zip(prompts, answers, strict=True)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
     try:
@@ -181,13 +190,7 @@ def main() -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
             print(f"> {prompt}\n{answer.strip()}\n")
     if args.output:
-        rows = [
-            {"prompt": p, "answer": a, "model": args.model_name_or_path} for p, a in zip(prompts, answers, strict=True)
-        ]
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(args.output).with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(args.output)
+        write_answers(Path(args.output), prompts, answers, args.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,15 @@ def load_model(name: str, base_model: str | None, dtype: str):
     return model.to(device).eval(), tokenizer
 
 
+def write_answers(file: Path, prompts: list[str], answers: list[str], model: str) -> None:
+    """Writes a JSON object a line, the file whole or not at all."""
+    rows = [{"prompt": p, "answer": a, "model": model} for p, a in zip(prompts, answers, strict=True)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
     try:
@@ -128,11 +137,7 @@ def main() -> None:
     for answer in answers:
         print(answer)
     if args.output:
-        rows = [{"prompt": p, "answer": a, "model": name} for p, a in zip(args.prompt, answers, strict=True)]
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(args.output).with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(args.output)
+        write_answers(Path(args.output), args.prompt, answers, name)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,12 @@ def read_run(file: Path) -> dict:
     return run
 
 
+def name_runs(files: list[Path]) -> list[str]:
+    """A short name for each run: its folder's, or the whole path where two folders have one name."""
+    names = [file.resolve().parent.name for file in files]
+    return names if len(set(names)) == len(names) else [str(file) for file in files]
+
+
 def summarize(run: dict) -> dict:
     """The figures of a run under the names in ROWS; None for what it did not measure."""
     metrics, parameters = run["metrics"], run["parameters"]
@@ -139,10 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     if len({file.resolve() for file in args.runs}) < 2:
         fail("one run alone cannot be compared. Give two or more, for example: out/lora/run.json out/full/run.json")
-    names = [file.resolve().parent.name for file in args.runs]
-    if len(set(names)) < len(names):
-        names = [str(file) for file in args.runs]
-    runs = {name: read_run(file) for name, file in zip(names, args.runs, strict=True)}
+    runs = {name: read_run(file) for name, file in zip(name_runs(args.runs), args.runs, strict=True)}
     if not args.allow_different:
         check_comparable(runs)
     measured = {name: summarize(run) for name, run in runs.items()}

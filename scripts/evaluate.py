@@ -201,15 +201,16 @@ def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]
     return tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def check_training_rows(models: list[str], dataset_name: str) -> None:
-    """Refuses a model that was trained on other rows than those beside the held-out ones: they may be among them."""
-    if not Path(dataset_name, "train.jsonl").is_file():
-        return
-    sha256 = hashlib.sha256(json.dumps(load_rows(dataset_name, "train")[:]).encode()).hexdigest()
+def check_training_rows(models: list[str], dataset_name: str, held_out: Dataset) -> None:
+    """Refuses a model trained on the held-out rows, or on others than those beside them: they may be among these."""
+    beside = load_rows(dataset_name, "train") if Path(dataset_name, "train.jsonl").is_file() else None
+    pins = [rows and hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest() for rows in (held_out, beside)]
     for model in models:
         note = Path(model).parent / "run.json"
         trained_on = json.loads(note.read_text(encoding="utf-8")).get("dataset") if note.is_file() else None
-        if trained_on and trained_on["sha256"] != sha256:
+        if trained_on and trained_on["sha256"] == pins[0]:
+            fail(f"{model} was trained on these rows of {dataset_name}. Give rows that it has not seen.")
+        if trained_on and beside and trained_on["sha256"] != pins[1]:
             fail(f"{model} was trained on other rows than {dataset_name}/train.jsonl. Train again: make train-lora")
 
 
@@ -266,7 +267,7 @@ def main() -> None:
             f"{args.dataset_name} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=..."
         )
     rows = load_rows(args.dataset_name, args.dataset_test_split)
-    check_training_rows(args.models, args.dataset_name)
+    check_training_rows(args.models, args.dataset_name, rows)
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
 
     models = []

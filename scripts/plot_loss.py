@@ -38,6 +38,12 @@ def read_run(file: Path) -> dict:
     return run
 
 
+def name_runs(files: list[Path]) -> list[str]:
+    """A short name for each run: its folder's, or the whole path where two folders have one name."""
+    names = [file.resolve().parent.name for file in files]
+    return names if len(set(names)) == len(names) else [str(file) for file in files]
+
+
 def plot(runs: dict[str, dict], output: Path) -> None:
     """One line of training loss a run, over optimizer steps, and a cross for the held-out loss at its end."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -61,7 +67,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
     args = parser.parse_args()
-    plot({str(run): read_run(run) for run in args.runs}, args.output)
+    plot({name: read_run(run) for name, run in zip(name_runs(args.runs), args.runs, strict=True)}, args.output)
     print(f"The picture is {args.output}")
 
 

@@ -7,7 +7,7 @@
     python write_card.py out/run.json
 
 Reads   run.json as the training and merging scripts write it.
-Writes  README.md in out/adapter/ or out/model/, whichever stands beside run.json.
+Writes  README.md in out/adapter/ for a LoRA run, else in out/model/.
 """
 
 import argparse
@@ -40,7 +40,7 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs[
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
-{folder} is this folder, or its name on the Hub.{where}
+FOLDER is this folder, or its name on the Hub.{where}
 
 ## Licences
 
@@ -51,13 +51,13 @@ LOADING = {
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="float32")
-model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """,
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """,
 }
 
@@ -68,8 +68,10 @@ def fail(message: str) -> None:
 
 def describe_source(source: dict) -> str:
     """Name of a model or data set, and what pins it: its commit on a hub, its package, or the sha256 of its files."""
-    pin = source.get("revision") or source.get("package")
-    if not pin and (sha256 := source.get("sha256") or source.get("train", {}).get("sha256")):
+    pin = source.get("revision")
+    if package := source.get("package"):
+        pin = f"out of the Python package {package}"
+    elif not pin and (sha256 := source.get("sha256") or source.get("train", {}).get("sha256")):
         pin = f"sha256 {sha256[:12]}"
     name = source["name"] if "revision" in source else Path(source["name"]).name  # no paths of this machine
     return f"`{name}`" + (f" ({pin})" if pin else "")
@@ -130,11 +132,9 @@ def main() -> None:
             f"in float32, saved as {run['arguments']['dtype']}; the logits differ from the adapter's by at most "
             f"{check['largest_difference']:.1g} of their spread"
         )
-    # Where this folder will be: the name under which plain Python finds it
     loading = LOADING[folder.name].format(
         base=base["name"] if on_hub else "BASE",
         revision=f', revision="{base["revision"]}"' if on_hub else "",
-        folder="FOLDER",
         dtype=run["arguments"]["dtype"],
     )
     where = (
@@ -146,7 +146,6 @@ def main() -> None:
         figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
         packages=", ".join(f"{name} {number}" for name, number in training["packages"].items()),
         loading=loading,
-        folder="FOLDER",
         where=where,
         base_license=base.get("license") or "not recorded",
         data_license=origin.get("license") or "not recorded",

@@ -1,10 +1,13 @@
 """A tiny Llama with a Llama-like tokenizer, and ways to run and to import the scripts."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,12 @@ def check_refusal(script, args, said, folder, monkeypatch, capsys) -> None:
     message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0
     assert said in message and len(message.splitlines()) <= 2
+
+
+@contextlib.contextmanager
+def serve(handler):
+    """Address of a server on this machine, which runs until the end of the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()

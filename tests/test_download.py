@@ -3,12 +3,11 @@
 import hashlib
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote
 
 import pytest
-from conftest import run, write_rows
+from conftest import run, serve, write_rows
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -72,10 +71,8 @@ def hub(tiny_model):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
+    with serve(Hub) as address:
+        yield address, asked
 
 
 def hub_environment(folder, address):

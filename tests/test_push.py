@@ -2,11 +2,10 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from conftest import run
+from conftest import run, serve
 from huggingface_hub import ModelCard
 
 RUN = {
@@ -126,10 +125,8 @@ def hub():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", sent, private
-    server.shutdown()
+    with serve(Hub) as address:
+        yield address, sent, private
 
 
 @pytest.fixture

@@ -146,11 +146,15 @@ def test_an_adapter_runs_on_its_own_base_only_and_without_its_tokenizer(trained,
 
 def test_a_model_is_not_measured_beside_rows_it_was_not_trained_on(trained, question_rows, tmp_path):
     evaluate = load("evaluate.py")
-    evaluate.check_training_rows([str(trained / "adapter")], str(question_rows))
+    held_out = evaluate.load_rows(str(question_rows), "validation")
+    evaluate.check_training_rows([str(trained / "adapter")], str(question_rows), held_out)
+    with pytest.raises(SystemExit, match="was trained on these rows"):
+        file = str(question_rows / "train.jsonl")
+        evaluate.check_training_rows([str(trained / "adapter")], file, evaluate.load_rows(file, "validation"))
     rows = (question_rows / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:-1]))
     with pytest.raises(SystemExit, match="trained on other rows"):
-        evaluate.check_training_rows([str(trained / "adapter")], str(tmp_path))
+        evaluate.check_training_rows([str(trained / "adapter")], str(tmp_path), held_out)
 
 
 def test_questions_of_the_report_belong_to_their_answers():
