@@ -36,6 +36,7 @@ $(eval $(call setting,REPO,))
 $(eval $(call setting,BACKEND,auto))
 $(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
+$(eval $(call setting,FORCE,))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
@@ -112,8 +113,8 @@ setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|r
 	@echo "$(VENV) is up to date"
 
 check-gpu: | $(VENV)/installed ## check the accelerators and the packages
-	$(PY) scripts/00_check_gpu.py --output $(OUT)/check/report.json $(ARGS) ||
-		{ mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
+	$(call check,$(OUT)/check/report.json) $(if $(filter embedded,$(BASE_MODEL))$(wildcard $(BASE_MODEL)),,--access "$$BASE_MODEL") \
+		$(ARGS) || [ $$? = 2 ] || { mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
@@ -232,8 +233,10 @@ $(VENV)/tested: env/requirements-test.txt $(VENV)/installed
 	$(PY) -m pip install -r env/requirements-test.txt
 	touch $@
 
+# Exit status 2 of the check: ready, with warnings.
+check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed -e 's/cuda\|rocm/gpu/' -e 's/preinstalled/auto/' $(VENV)/backend)"
 $(OUT)/check/report.json: scripts/00_check_gpu.py | $(VENV)/installed
-	$(PY) scripts/00_check_gpu.py --output $@ $$([ "$$(<$(VENV)/backend)" = cpu ] || echo --require gpu)
+	$(call check,$@) || [ $$? = 2 ]
 
 # Steps ----------------------------------------------------------------------------------------------------------------
 $(OUT)/base-model/run.json: scripts/01_download.py $(wildcard $(addprefix $(BASE_MODEL)/,*.safetensors *.json)) \
@@ -257,14 +260,26 @@ $(OUT)/dataset/audit-full.json: scripts/audit_tokens.py $(OUT)/dataset/run.json 
 		$(addprefix $(OUT)/.args/,recipe audit train-full)
 	$(call audit,train-full,$(recipe_full))
 
-data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
-$(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora
-	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
-		--output_dir $(OUT)/lora $(call args,train-lora)
+# What a training will take is predicted, and one that does not fit is not begun, unless FORCE=1.
+define predict
+	$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(FORCE),--force) --output $@ -- \
+		$(addprefix --config ,$(2)) $(call args,train-$(1))
+endef
+$(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json scripts/00_check_gpu.py
+	$(call predict,lora,$(recipe_file))
+$(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json scripts/00_check_gpu.py
+	$(call predict,full,$(recipe_full))
 
-$(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full
+data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
+$(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora \
+		| $(OUT)/check/memory-lora.json
+	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
+		--memory_prediction $(OUT)/check/memory-lora.json --output_dir $(OUT)/lora $(call args,train-lora)
+
+$(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full \
+		| $(OUT)/check/memory-full.json
 	$(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_full)) \
-		--output_dir $(OUT)/full $(call args,train-full)
+		--memory_prediction $(OUT)/check/memory-full.json --output_dir $(OUT)/full $(call args,train-full)
 
 $(OUT)/%/loss.png: scripts/plot_loss.py $(OUT)/%/run.json
 	$(PY) scripts/plot_loss.py $(OUT)/$*/run.json --output $@

@@ -2,132 +2,817 @@
 # requires-python = ">=3.10"
 # dependencies = []
 # ///
-"""Check the accelerators of this machine and the packages that the tutorial imports.
+"""Find out whether this machine is ready for the tutorial, and which model fits it.
 
-    python 00_check_gpu.py --require gpu
+    python 00_check_gpu.py                                   what is wrong, and the command that mends it
+    python 00_check_gpu.py --model MODEL [--memory 192]      what fits: peak memory of LoRA, QLoRA and full fine-tuning
+    python 00_check_gpu.py --model MODEL --method lora -- --max_length 512 --lora_r 16      the same of one training
 
-Needs nothing installed: each package is tried, and what is missing is named with the command that installs it.
+Needs nothing installed: what is missing is a finding. What may crash or hang runs in a process of its own (a probe).
+MODEL is a hub id or a folder. After -- stand options of the training scripts, --config FILE.yaml among them.
 Writes  a JSON report to --output, if given.
-Exits   with status 1 if a package is missing, or with --require gpu if PyTorch finds no accelerator.
+Exits   with status 0: ready, 1: not ready, or the one training does not fit, 2: ready, with warnings.
 """
 
 import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-# The tutorial's packages, and those that its libraries need for it.
-PACKAGES = (
-    "torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "huggingface-hub", "scipy", "accelerate",
-    "python-dotenv", "tensorboard",
-)  # fmt: skip
+# The tutorial's packages, and those that its libraries need for it: the versions that were tested together.
+PINS = {
+    "torch": "2.13.0", "transformers": "5.23.0", "datasets": "5.2.0", "peft": "0.21.2", "trl": "1.16.0",
+    "bitsandbytes": "0.50.2", "huggingface-hub": "2.4.0", "scipy": "1.17.1", "accelerate": "1.15.0",
+    "python-dotenv": "1.2.4", "tensorboard": "2.21.0",
+}  # fmt: skip
+if sys.version_info < (3, 11):
+    PINS |= {"transformers": "5.20.2", "trl": "1.14.2", "scipy": "1.15.3"}
 MODULES = {"huggingface-hub": "huggingface_hub", "python-dotenv": "dotenv"}
-# Product names: the first of these tools that is there and works is asked.
+# Product names: the first of these tools that is there and works is asked. rocm-smi does not come with ROCm 10.
 TOOLS = (
     ["amd-smi", "static", "--asic"],
     ["rocm-smi", "--showproductname"],
     ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version", "--format=csv"],
 )
+# Environment variables that hide accelerators, or make one pass for another.
+VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+OVERRIDES = ("HSA_OVERRIDE_GFX_VERSION", "BNB_ROCM_VERSION", "BNB_CUDA_VERSION")
+FREE_DISK = 10e9  # bytes: the environment, the embedded model and what the steps leave take about 7e9
+
+# What decides about memory among the options of a training, with the tutorial's values.
+SETTINGS = {
+    "dtype": "float32", "bf16": False, "load_in_4bit": False, "use_bnb_nested_quant": False, "token_metrics": True,
+    "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
+    "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
+}  # fmt: skip
+METHODS = {
+    "LoRA, fp32 (the tutorial)": ("lora", {}),
+    "LoRA, bf16": ("lora", {"dtype": "bfloat16", "bf16": True}),
+    "QLoRA, bf16": ("lora", {"dtype": "bfloat16", "bf16": True, "load_in_4bit": True, "use_bnb_nested_quant": True}),
+    "full, fp32 (the tutorial)": ("full", {}),
+    "full, bf16 autocast": ("full", {"bf16": True}),
+}
 
 
-def check_packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the packages that import, and for the others the reason, both by package name."""
+@dataclass
+class Finding:
+    level: str  # error or warning
+    cause: str
+    command: str
+
+
+# Probes: each runs in a process of its own and returns what it found -------------------------------------------------
+def probe_torch() -> dict:
+    """What PyTorch was built for, and the accelerators that it finds; memory in bytes."""
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, _ = torch.cuda.mem_get_info(index)
+        gpus.append({"name": properties.name, "memory_bytes": properties.total_memory, "free_bytes": free})
+        gpus[-1]["arch"] = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
+    available = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "hip": torch.version.hip,
+        "cuda": torch.version.cuda,
+        "available": available,
+        "gpus": gpus,
+        "arch_list": torch.cuda.get_arch_list() if available else [],
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if available else None,
+    }
+
+
+def probe_packages() -> dict:
+    """Versions of the packages that import, and for the others the reason."""
     versions, missing = {}, {}
-    for package in PACKAGES:
+    for package in PINS:
         try:
             importlib.import_module(MODULES.get(package, package))
             versions[package] = importlib.metadata.version(package)
         except Exception as error:  # a broken package may raise anything at import
             missing[package] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return versions, missing
+    return {"versions": versions, "missing": missing}
 
 
-def check_torch() -> dict:
-    """What PyTorch was built for, and the accelerators it finds: name and memory in bytes."""
+def probe_bitsandbytes() -> dict:
+    """The native library that bitsandbytes loaded, and the version of ROCm or CUDA it was built for."""
+    import torch
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, get_available_cuda_binary_versions, lib
+
+    wanted = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        wanted = wanted if torch.version.hip or torch.cuda.is_available() else "the CPU"
+        there = ", ".join(get_available_cuda_binary_versions()) or "none"
+        raise RuntimeError(f"no native library of bitsandbytes for {wanted} could be loaded (versions there: {there})")
+    name = Path(lib._lib._name).name
+    built = re.search(r"(rocm|cuda)(\d+)", name)
+    digits = {"rocm": 1, "cuda": 2}  # of the major version
+    version = f"{built[2][: digits[built[1]]]}.{built[2][digits[built[1]] :]}" if built else None
+    return {"library": name, "built_for": version, "torch_for": wanted}
+
+
+def compare(found, expected, bound: float) -> dict:
+    """The largest difference, as a share of the spread (standard deviation) of what was expected."""
+    difference = ((found.double().cpu() - expected).abs().max() / expected.std()).item()
+    if not difference <= bound:  # NaN too
+        raise ArithmeticError(f"the result is wrong: off by {difference:.3g} of its spread, {bound:g} is allowed")
+    return {"difference": difference, "bound": bound}
+
+
+def random(*shape: int):
     import torch
 
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append({"name": properties.name, "memory_bytes": properties.total_memory})
-        if torch.version.hip:
-            devices[-1]["arch"] = properties.gcnArchName
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def probe_matmul_fp32() -> dict:
+    a, b = random(256, 512), random(512, 256)
+    return compare(a.float().to(device()) @ b.float().to(device()), a @ b, 1e-3)
+
+
+def probe_matmul_bf16() -> dict:
+    a, b = random(256, 512), random(512, 256)
+    return compare(a.bfloat16().to(device()) @ b.bfloat16().to(device()), a @ b, 0.05)
+
+
+def probe_backward() -> dict:
+    weight, rows = random(64, 128), random(256, 128)
+
+    def gradient(weight, rows):
+        weight = weight.detach().requires_grad_()
+        (rows @ weight.T).tanh().square().sum().backward()
+        return weight.grad
+
+    return compare(gradient(weight.float().to(device()), rows.float().to(device())), gradient(weight, rows), 1e-3)
+
+
+def probe_attention() -> dict:
+    """torch's scaled_dot_product_attention against the formula."""
+    import torch
+
+    query, key, value = random(3, 2, 4, 96, 64)
+    scores = (query @ key.mT / 8).masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf"))
+    inputs = [tensor.float().to(device()) for tensor in (query, key, value)]
+    found = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    return compare(found, scores.softmax(-1) @ value, 1e-3)
+
+
+def probe_optimizer() -> dict:
+    """One step of the tutorial's paged_adamw_32bit: the first one is lr in the direction of the gradient's sign."""
+    import bitsandbytes
+    import torch
+
+    start, gradient = random(2, 128, 64)
+    weight = torch.nn.Parameter(start.float().to(device()))
+    weight.grad = gradient.float().to(device())
+    bitsandbytes.optim.PagedAdamW32bit([weight], lr=0.01, weight_decay=0.0).step()
+    return compare(weight.detach(), start - 0.01 * gradient / (gradient.abs() + 1e-8), 1e-3)
+
+
+def probe_quantize() -> dict:
+    """4-bit NormalFloat and back: the largest gap between two of its 16 values is 0.3 of a block's largest weight."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = random(256, 256)
+    quantized, state = quantize_4bit(weight.float().to(device()), quant_type="nf4", compress_statistics=True)
+    return compare(dequantize_4bit(quantized, state), weight, 0.16 * weight.abs().max().item() / weight.std().item())
+
+
+def probe_decode_4bit() -> dict:
+    """A 4-bit layer on one token, as in inference; bitsandbytes before 0.50 gives NaN here on AMD."""
+    import torch
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    weight, token = random(256, 512), random(1, 1, 512)
+    quantized, state = quantize_4bit(weight.to(device(), dtype), quant_type="nf4")
+    expected = token @ dequantize_4bit(quantized, state).double().cpu().T
+    with torch.no_grad():
+        return compare(matmul_4bit(token.to(device(), dtype), quantized.t(), quant_state=state), expected, 0.05)
+
+
+def probe_hub(model: str = "") -> dict:
+    """Whether there is a token, which is never shown, and access to a model; its config."""
+    import huggingface_hub
+    from dotenv import find_dotenv, load_dotenv
+
+    load_dotenv(find_dotenv(usecwd=True))
+    facts = {"token": bool(huggingface_hub.get_token())}
+    if model:
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            huggingface_hub.HfApi().auth_check(model)
+            file = huggingface_hub.hf_hub_download(model, "config.json")
+        except (GatedRepoError, RepositoryNotFoundError) as error:
+            raise RuntimeError(f"no access to {model}: {type(error).__name__}") from None
+        facts["config"] = json.loads(Path(file).read_text(encoding="utf-8"))
+    return facts
+
+
+PROBES = {name[6:]: function for name, function in globals().items() if name.startswith("probe_")}
+COMPUTE = ("matmul_fp32", "matmul_bf16", "backward", "attention")
+BITSANDBYTES = ("bitsandbytes", "optimizer", "quantize", "decode_4bit")
+
+
+def run_probe(name: str, timeout: float, *arguments: str) -> dict:
+    """status (passed, failed, crashed or timed out), seconds, and facts or error."""
+    start = time.monotonic()
+    command = [sys.executable, __file__, "--probe", name, *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, errors="replace")
+    try:
+        printed, complaints = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a process that hangs in a driver does not end
+        return {"status": "timed out", "seconds": timeout, "error": f"it did not end within {timeout:g} s"}
+    seconds = round(time.monotonic() - start, 1)
+    try:
+        return {**json.loads(printed.splitlines()[-1]), "seconds": seconds}
+    except (IndexError, ValueError):
+        last = (complaints.strip() or "it said nothing").splitlines()[-1]
+        cause = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        return {"status": "crashed", "seconds": seconds, "error": f"it ended with {cause}: {last[:200]}"}
+
+
+def answer_probe(name: str, arguments: list[str]) -> None:
+    """The other end of run_probe."""
+    try:
+        answer = {"status": "passed", "facts": PROBES[name](*arguments)}
+    except Exception as error:  # whatever a library raises is the finding
+        answer = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print("\n" + json.dumps(answer), flush=True)
+    os._exit(0)  # without the tidying up of libraries that may hang
+
+
+# The system, without any package --------------------------------------------------------------------------------------
+def read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def ask(path: str, *command: str) -> str:
+    """What a tool of the system prints; nothing if it is not there or fails."""
+    tool = shutil.which(command[0], path=path)
+    try:
+        answer = subprocess.run([tool or "", *command[1:]], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def look_at_system(root: Path) -> dict:
+    """Accelerators, drivers and permissions, as the files and the tools under root show them."""
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), "/opt/rocm/bin"]
+    path = os.pathsep.join(str(root / folder.lstrip("/")) for folder in folders)
+    amd = []
+    for node in sorted(root.glob("sys/class/kfd/kfd/topology/nodes/*/properties")):
+        target = re.search(r"gfx_target_version (\d+)", read(node))
+        if target and (number := int(target[1])):  # 0 is a CPU
+            arch = f"gfx{number // 10000}{number // 100 % 100:x}{number % 100:x}"
+            banks = [
+                re.search(r"size_in_bytes (\d+)", read(bank)) for bank in node.parent.glob("mem_banks/*/properties")
+            ]
+            amd.append({"arch": arch, "memory_bytes": sum(int(bank[1]) for bank in banks if bank)})
+    nodes = [file for file in [root / "dev/kfd", *sorted(root.glob("dev/dri/renderD*"))] if file.exists()]
+    # Class 0x12: a processing accelerator, such as an Instinct; vendor 0x1002: AMD
+    pci = [read(file.parent / "class") for file in root.glob("sys/bus/pci/devices/*/vendor") if read(file) == "0x1002"]
+    tool, listing = next(((command[0], text) for command in TOOLS if (text := ask(path, *command))), (None, ""))
+    versions = ask(path, "amd-smi", "version")
+    rocm = re.search(r"[\d.]+", read(root / "opt/rocm/.info/version")) or re.search(
+        r"(?<=ROCm version: )[\d.]+", versions
+    )
+    driver = read(root / "sys/module/amdgpu/version") or "".join(re.findall(r"(?<=amdgpu version: )\S+", versions))
+    names = ask(path, "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    cuda = re.search(r"(?<=CUDA Version: )[\d.]+", ask(path, "nvidia-smi")) if names else None
     return {
-        "available": torch.cuda.is_available(),
-        "hip": torch.version.hip,
-        "cuda": torch.version.cuda,
-        "gpus": devices,
+        "platform": platform.platform(),
+        "container": (root / ".dockerenv").exists(),
+        "tool": tool,
+        "products": listing.splitlines(),
+        "amd": {
+            "kfd": (root / "dev/kfd").exists(),
+            "gpus": amd,
+            "on_pci_bus": sum(kind.startswith("0x12") for kind in pci),
+            "driver": driver or None,
+            "rocm": rocm[0] if rocm else None,
+            "no_permission": [f"/{file.relative_to(root)}" for file in nodes if not os.access(file, os.R_OK | os.W_OK)],
+        },
+        "nvidia": {
+            "gpus": [name.split(", ")[0] for name in names],
+            "driver": names[0].split(", ")[-1] if names else None,
+            "cuda": cuda[0] if cuda else None,
+        },
+        "variables": {name: os.environ[name] for name in (*VISIBLE, *OVERRIDES) if name in os.environ},
     }
 
 
-def ask_tool() -> tuple[str | None, str]:
-    """The system's own tool that lists accelerators, and what it printed."""
-    for command in TOOLS:
-        if shutil.which(command[0]):
-            answer = subprocess.run(command, capture_output=True, text=True)
-            if answer.returncode == 0:
-                return command[0], answer.stdout.strip()
-    return None, ""
+# Findings -------------------------------------------------------------------------------------------------------------
+def judge_system(system: dict, torch: dict, require: str) -> list[Finding]:
+    """What is wrong with drivers, permissions, variables, and with PyTorch for this hardware."""
+    findings = []
+    amd, nvidia, variables = system["amd"], system["nvidia"], system["variables"]
+    level = "warning" if require == "cpu" else "error"
+
+    def add(level: str, cause: str, command: str) -> None:
+        findings.append(Finding(level, cause, command))
+
+    devices = "--device /dev/kfd --device /dev/dri"
+    if amd["on_pci_bus"] and not amd["kfd"]:
+        cause = f"{amd['on_pci_bus']} AMD accelerator(s) on the PCI bus, but no /dev/kfd"
+        if system["container"]:
+            add(level, f"{cause}: the container was not given it", f"docker run {devices} ...")
+        else:
+            add(level, f"{cause}: the driver amdgpu is not loaded", "sudo modprobe amdgpu")
+    elif amd["no_permission"]:
+        cause = f"no permission to read and write {', '.join(amd['no_permission'])}"
+        if system["container"]:
+            add(level, cause, "docker run --group-add video --group-add $(getent group render | cut -d: -f3) ...")
+        else:
+            add(level, cause, "sudo usermod -a -G video,render $USER   (then log in again)")
+    there = "AMD" if amd["kfd"] or amd["on_pci_bus"] else "NVIDIA" if nvidia["gpus"] else ""
+    hidden = " ".join(name for name in VISIBLE if name in variables)
+    if not torch:
+        pass  # missing packages are a finding of their own
+    elif there == "AMD" and not torch["hip"]:
+        kind = f"CUDA {torch['cuda']}" if torch["cuda"] else "the CPU alone"
+        add(level, f"PyTorch {torch['version']} is built for {kind}, this is an AMD machine", "make setup BACKEND=rocm")
+    elif there == "NVIDIA" and not torch["cuda"]:
+        kind = f"ROCm {torch['hip']}" if torch["hip"] else "the CPU alone"
+        add(
+            level,
+            f"PyTorch {torch['version']} is built for {kind}, this is an NVIDIA machine",
+            "make setup BACKEND=cuda",
+        )
+    elif there and not torch["available"]:
+        if hidden:
+            shown = ", ".join(f"{name}={variables[name]!r}" for name in hidden.split())
+            add(level, f"PyTorch finds no accelerator, and {shown} is set", f"unset {hidden}")
+        elif there == "NVIDIA" and nvidia["cuda"] and numbers(nvidia["cuda"]) < numbers(torch["cuda"]):
+            index = f"https://download.pytorch.org/whl/cu{nvidia['cuda'].replace('.', '')}"
+            older = f"make setup BACKEND=cuda TORCH_INDEX={index}"
+            add(level, f"driver {nvidia['driver']} is for CUDA {nvidia['cuda']}, PyTorch needs {torch['cuda']}", older)
+        elif not findings:
+            tool = "amd-smi list" if there == "AMD" else "nvidia-smi"
+            add(level, f"PyTorch {torch['version']} finds no accelerator on this {there} machine", tool)
+    elif require == "gpu" and not torch["available"]:
+        add("error", "there is no accelerator here, and one is required", "make setup BACKEND=cpu")
+    if "HSA_OVERRIDE_GFX_VERSION" in variables:
+        value = variables["HSA_OVERRIDE_GFX_VERSION"]
+        add(
+            "warning",
+            f"HSA_OVERRIDE_GFX_VERSION={value} makes the device pass for another",
+            "unset HSA_OVERRIDE_GFX_VERSION",
+        )
+    if not (torch and torch["available"]):
+        return findings
+
+    first, gpus = torch["gpus"][0], torch["gpus"]
+    if torch["hip"] and first["arch"] not in torch["arch_list"]:
+        add(
+            "error",
+            f"PyTorch has no kernels for {first['arch']}: {', '.join(torch['arch_list'])}",
+            "make setup BACKEND=rocm",
+        )
+    if torch["hip"] and amd["rocm"] and numbers(amd["rocm"])[0] != numbers(torch["hip"])[0]:
+        cause = f"PyTorch is built for ROCm {torch['hip']}, the system has {amd['rocm']}: not tested together"
+        add("warning", cause, f"make setup BACKEND=rocm TORCH_INDEX=rocm{'.'.join(amd['rocm'].split('.')[:2])}")
+    if len(gpus) > 1 and not hidden:
+        free = max(range(len(gpus)), key=lambda index: gpus[index]["free_bytes"])
+        name = "HIP_VISIBLE_DEVICES" if torch["hip"] else "CUDA_VISIBLE_DEVICES"
+        add("warning", f"{len(gpus)} accelerators are visible; the scripts take the first", f"export {name}={free}")
+    if first["free_bytes"] < 0.8 * first["memory_bytes"]:
+        used = f"{(first['memory_bytes'] - first['free_bytes']) / 2**30:.0f} of {first['memory_bytes'] / 2**30:.0f} GiB"
+        tool = "amd-smi process" if torch["hip"] else "nvidia-smi"
+        add("warning", f"{used} of the accelerator's memory are taken already", tool)
+    return findings
+
+
+def judge_probes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
+    """What the probes showed of PyTorch, bitsandbytes, the packages and the hub."""
+    findings = []
+    packages = probes["packages"].get("facts", {"versions": {}, "missing": {}})
+    missing = packages["missing"]
+    if missing:
+        named = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+        install = " ".join(f"{name}=={PINS[name]}" for name in missing)
+        findings.append(
+            Finding("error", f"missing or broken: {named}"[:500], f"make setup   (or: pip install {install})")
+        )
+    others = {name: is_ for name, is_ in packages["versions"].items() if is_.split("+")[0] != PINS[name]}
+    if others:
+        named = ", ".join(f"{name} {is_} instead of {PINS[name]}" for name, is_ in others.items())
+        install = " ".join(f"{name}=={PINS[name]}" for name in others)
+        findings.append(Finding("warning", f"not the versions that were tested: {named}", f"pip install {install}"))
+    broken = {name: probe["error"] for name, probe in probes.items() if probe["status"] != "passed"}
+    if "packages" in broken:
+        findings.append(Finding("error", f"importing the packages: {broken['packages']}", "make setup"))
+    if "torch" in broken and "torch" not in missing:
+        findings.append(Finding("error", f"PyTorch does not work: {broken['torch']}", "make setup"))
+    if torch:
+        where = "the accelerator" if torch["available"] else "the CPU"
+        for name in COMPUTE:
+            if name in broken:
+                tool = "amd-smi" if torch["hip"] else "nvidia-smi" if torch["available"] else "make setup"
+                findings.append(Finding("error", f"{name} on {where}: {broken[name]}", tool))
+        if "bitsandbytes" not in missing:
+            findings += judge_bitsandbytes(probes, torch, variables)
+    if "hub" in broken and "huggingface-hub" not in missing:
+        model = re.search(r"no access to (\S+):", broken["hub"])
+        page = (
+            f"ask for access at https://huggingface.co/{model[1]}, then HF_TOKEN= in .env"
+            if model
+            else "hf auth whoami"
+        )
+        findings.append(Finding("error", f"the Hugging Face Hub: {broken['hub']}", page))
+    return findings
+
+
+def judge_bitsandbytes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
+    """An error on an accelerator, where the tutorial's optimizer needs it; a warning on the CPU."""
+    library, level = probes["bitsandbytes"], "error" if torch["available"] else "warning"
+    override = next((name for name in ("BNB_ROCM_VERSION", "BNB_CUDA_VERSION") if name in variables), None)
+    mend = f"unset {override}" if override else "make bitsandbytes"  # which builds it where the wheel's does not work
+    if library["status"] != "passed":
+        note = f" ({override}={variables[override]} is set)" if override else ""
+        return [Finding(level, f"bitsandbytes: {library['error']}{note}", mend)]
+    findings = []
+    for name in BITSANDBYTES[1:]:
+        if probes[name]["status"] != "passed":
+            cause = f"bitsandbytes, {name} with {library['facts']['library']}: {probes[name]['error']}"
+            findings.append(Finding(level, cause, mend))
+    built, needed = library["facts"]["built_for"], torch["hip"] or torch["cuda"]
+    if built and needed and numbers(built)[:2] != numbers(needed)[:2] and torch["available"]:
+        cause = f"bitsandbytes took its library for {built}, PyTorch is built for {needed}"
+        findings.append(Finding("warning", cause, mend if override else "make bitsandbytes FORCE=1"))
+    return findings
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def examine(args: argparse.Namespace) -> int:
+    """The check: prints and reports what was found, and returns the exit status."""
+    system = look_at_system(args.root)
+    names = ["torch", "packages", *COMPUTE, *BITSANDBYTES, "hub"]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        more = {"hub": [args.access] if args.access else []}
+        answers = pool.map(lambda name: run_probe(name, args.timeout, *more.get(name, [])), names)
+        probes = dict(zip(names, answers, strict=True))
+    torch = probes["torch"].get("facts")
+    findings = judge_system(system, torch, args.require) + judge_probes(probes, torch, system["variables"])
+    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    disks = {}
+    for place in (Path.cwd(), cache):
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        disks[str(place)] = shutil.disk_usage(existing).free
+    for place, free in disks.items():
+        if free < FREE_DISK:
+            cause = f"{free / 1e9:.1f} GB of disk are free at {place}, the tutorial takes about {FREE_DISK / 1e9:.0f}"
+            findings.append(Finding("warning", cause, f"df -h {place}   (elsewhere: OUT=, HF_HOME=)"))
+
+    gpus = torch["gpus"] if torch else []
+    gpu = "ROCm-GPU" if torch and torch["hip"] else "GPU"
+    print(f"Is a {gpu} detected?  {bool(torch and torch['available'])}")
+    print(f"How many {gpu}s are detected?  {len(gpus)}")
+    for index, found in enumerate(gpus):
+        memory = f"{found['free_bytes'] / 2**30:.0f} of {found['memory_bytes'] / 2**30:.0f} GiB free"
+        print(f"  cuda:{index}  {found['name']}  {found['arch']}  {memory}")
+    amd, nvidia = system["amd"], system["nvidia"]
+    if amd["kfd"]:
+        print(f"AMD: driver {amd['driver']}, ROCm {amd['rocm']}, {', '.join(gpu['arch'] for gpu in amd['gpus'])}")
+    if nvidia["gpus"]:
+        print(f"NVIDIA: driver {nvidia['driver']}, for CUDA up to {nvidia['cuda']}")
+    for name, value in system["variables"].items():
+        print(f"{name}={value}")
+    print("\n".join(["", f"{system['tool']}:", *system["products"]]) if system["tool"] else "")
+    if torch:
+        built = f"ROCm {torch['hip']}" if torch["hip"] else f"CUDA {torch['cuda']}" if torch["cuda"] else "the CPU"
+        print(f"Python {platform.python_version()}, PyTorch {torch['version']} for {built}")
+    packages = probes["packages"].get("facts", {"versions": {}, "missing": {}})
+    for package in PINS:
+        print(f"  {package:16} {packages['versions'].get(package) or 'MISSING OR BROKEN'}")
+    print("\nProbes")
+    for name, probe in probes.items():
+        facts = probe.get("facts", {})
+        detail = probe.get("error") or facts.get("library") or ""
+        detail = f"off by {facts['difference']:.2g}, allowed {facts['bound']:.2g}" if "difference" in facts else detail
+        print(f"  {name:16} {probe['status']:10} {probe['seconds']:5.1f} s  {detail}")
+    for place, free in disks.items():
+        print(f"{free / 1e9:.0f} GB of disk free at {place}")
+    token = probes["hub"].get("facts", {}).get("token", False)
+    print(f"Hugging Face token: {'there' if token else 'none'}")
+
+    print()
+    for finding in findings:
+        print(f"{finding.level}: {finding.cause}\n    type: {finding.command}")
+    status = 1 if any(finding.level == "error" for finding in findings) else 2 if findings else 0
+    verdict = {0: "ready", 1: "not ready", 2: "ready, with warnings"}[status]
+    place = "" if status == 1 else ", on the accelerator" if torch["available"] else ", on the CPU"
+    print(f"Verdict: {verdict}{place}")
+    if args.output:
+        report = {
+            "verdict": verdict,
+            "findings": [vars(finding) for finding in findings],
+            "python": platform.python_version(),
+            "system": system,
+            "torch": torch,
+            **packages,
+            "probes": probes,
+            "free_disk_bytes": disks,
+            "token": token,
+        }
+        write_json(args.output, report)
+    return status
+
+
+# What fits ------------------------------------------------------------------------------------------------------------
+def count_parameters(config: dict, targets: list[str], rank: int) -> dict:
+    """Parameters of a Llama-like decoder (Llama, Mistral, Qwen2, Qwen3, ...) and of a LoRA adapter of it."""
+    hidden, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    heads, inner = config["num_attention_heads"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // heads
+    query, value = heads * head, (config.get("num_key_value_heads") or heads) * head
+    linear = {  # input and output size of each linear layer
+        "q_proj": (hidden, query), "k_proj": (hidden, value), "v_proj": (hidden, value), "o_proj": (query, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+    if unknown := set(targets) - {*linear, "all-linear"}:
+        fail(f"lora_target_modules: {', '.join(sorted(unknown))} is none of {', '.join(linear)}, all-linear.")
+    chosen = {name: sizes for name, sizes in linear.items() if name in targets or "all-linear" in targets}
+    embedding, norms = vocabulary * hidden, (2 * layers + 1) * hidden
+    if config.get("model_type") == "qwen3":
+        norms += 2 * layers * head
+    biases = layers * (query + 2 * value) if config.get("model_type") == "qwen2" else 0
+    quantizable = layers * sum(into * out for into, out in linear.values())
+    head_weights = 0 if config.get("tie_word_embeddings") else embedding
+    return {
+        "total": embedding + head_weights + quantizable + norms + biases,
+        "quantizable": quantizable,
+        "adapter": layers * rank * sum(into + out for into, out in chosen.values()),
+        "linear": linear,
+        "targets": chosen,
+        "query": query,
+    }
+
+
+def predict_memory(config: dict, method: str, settings: dict, tokens: int, where: str) -> dict:
+    """Peak memory in bytes of a training, by part; tokens is the length of the longest row, where is cpu, cuda or hip.
+
+    With P parameters, T trainable ones, B rows of L tokens in a batch, N = B L, b bytes a value (2 in bf16 or fp16,
+    under autocast too, else 4), h hidden, q query, i intermediate size, H heads, V words, r the rank of LoRA:
+
+    weights      4 P or 2 P. 4-bit NormalFloat: half a byte and a 4-byte scale for 64 weights, 4.5 bits; 4.127 bits with
+                 double quantization (QLoRA, arXiv 2305.14314, section 3); embeddings, norms and head are not quantized.
+                 Under autocast a bf16 copy of every fp32 linear weight is kept for the backward pass.
+    gradients    4 T: the trainable weights are fp32, also of an adapter on bf16 or 4-bit weights.
+    optimizer    AdamW keeps two fp32 values: 8 T (ZeRO, arXiv 1910.02054, section 3.1); 2 T with 8 bits.
+    activations  What autograd keeps of a layer of transformers' Llama, with attention that does not keep its scores.
+                 The method is that of arXiv 2205.05198, section 4; a test counts the values:
+                   N (4 (2h + 2 + H) + b (4q + 3i + L))        norms, attention and its mask, MLP
+                   full: N (8h + b (2h + i)), under autocast N (8h + b (5h + i)), a copy for each linear layer
+                   LoRA: N r b a target, and of its input of size n: n b, once for several targets that read the same;
+                   n 4 each on bf16 weights without autocast; with dropout n b each and a mask of n (4 on the CPU)
+                 With gradient checkpointing N h b a layer, and one whole layer.
+    logits       Three tensors [N, V] in fp32: log-probabilities and two gradients. With token_metrics TRL takes them in
+                 tiles of 4096 tokens and 32768 words: one tile with Triton, eight fp32 ones on the CPU.
+    overhead     On the CPU the interpreter and its libraries, 0.53 GiB, and what malloc of glibc keeps of freed blocks:
+                 0.4 of activations and logits (measured 0.2 to 0.6), 1.3 with gradient checkpointing (measured 1.4);
+                 none if MALLOC_MMAP_THRESHOLD_ is set. On an accelerator none: its allocator counts tensors.
+
+    Peak = weights + optimizer + overhead + the greater of gradients, and activations + logits: a gradient comes as the
+    activations go. What an adapter adds to the gradients is small.
+    """
+    counts = count_parameters(config, settings["lora_target_modules"], settings["lora_r"])
+    lora, autocast, four_bit = method == "lora", settings["bf16"], settings["load_in_4bit"]
+    short = settings["dtype"] in ("bfloat16", "float16")
+    b = 2 if short or autocast else 4
+    n = settings["per_device_train_batch_size"] * tokens
+    hidden, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    inner, query, heads = config["intermediate_size"], counts["query"], config["num_attention_heads"]
+    trainable = counts["adapter"] if lora else counts["total"]
+
+    plain = counts["total"] - (counts["quantizable"] if four_bit else 0)
+    weights = plain * (2 if short else 4) + (4 * trainable if lora else 0)
+    if four_bit:
+        weights += counts["quantizable"] * (4.127 if settings["use_bnb_nested_quant"] else 4.5) / 8
+    elif autocast and not short:
+        weights += 2 * counts["quantizable"]
+    optimizer = trainable * (2 if "8bit" in settings["optim"] else 8 if "adam" in settings["optim"] else 0)
+
+    layer = 4 * (2 * hidden + 2 + heads) + b * (4 * query + 3 * inner + tokens)
+    if not lora:
+        layer += 8 * hidden + b * ((5 if autocast else 2) * hidden + inner)
+    else:
+        mask = 4 if where == "cpu" else 1
+        sizes = {name: into for name, (into, _) in counts["targets"].items()}
+        kept = 2 if autocast else 4
+        if settings["lora_dropout"]:
+            layer += sum(sizes.values()) * (kept + mask)
+        elif b == 2:
+            layer += sum(sizes.values()) * kept
+        else:  # one tensor for q, k and v, one for gate and up; that of o is kept by the attention
+            same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+            layer += kept * sum(
+                {same.get(name, name): into for name, into in sizes.items() if name != "o_proj"}.values()
+            )
+        layer += kept * settings["lora_r"] * len(sizes)
+    activations = n * (layers * hidden * b + layer if settings["gradient_checkpointing"] else layers * layer)
+    if settings["token_metrics"]:
+        tile = min(n, 4096) * min(vocabulary, 32768)
+        logits = tile * (8 * 4 if where == "cpu" else b)
+    else:
+        logits = 12 * n * vocabulary
+    gradients = 4 * trainable
+    passing = max(gradients, activations + logits)
+    overhead = 0.0
+    if where == "cpu":
+        kept = 1.3 if settings["gradient_checkpointing"] else 0.4
+        overhead = 0.53 * 2**30 + (0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else kept * (activations + logits))
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "logits": logits,
+    }
+    parts = {name: int(size) for name, size in {**parts, "overhead": overhead}.items()}
+    return {**parts, "peak": int(weights + optimizer + passing + overhead)}
+
+
+def read_settings(options: list[str], base: dict) -> dict:
+    """SETTINGS as a training script would read them: base, then --config, then the options; others are passed over."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    for name in SETTINGS:
+        parser.add_argument(f"--{name}", nargs="*")
+    given, _ = parser.parse_known_args(options)
+    settings = {**SETTINGS, **base}
+    if given.config:
+        import yaml
+
+        recipe = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) or {}
+        settings |= {name: value for name, value in recipe.items() if name in SETTINGS and value is not None}
+    for name, values in vars(given).items():
+        if name == "config" or values is None:
+            continue
+        default = SETTINGS[name]
+        if isinstance(default, bool):
+            settings[name] = not values or values[0].lower() in ("true", "1", "yes")
+        else:
+            settings[name] = values if isinstance(default, list) else type(default)(values[0])
+    return settings
+
+
+def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
+    """Where a training would run (cpu or gpu), its name, and the bytes of memory there."""
+    if torch and torch["available"]:
+        return "gpu", torch["gpus"][0]["name"], torch["gpus"][0]["memory_bytes"]
+    available = re.search(r"MemAvailable:\s+(\d+)", read(root / "proc/meminfo"))
+    memory = int(available[1]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = read(root / "sys/fs/cgroup/memory.max")
+    return "cpu", "the CPU", min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def fits(peak: int, where: str, memory: int) -> bool:
+    """On an accelerator the context of the driver (1 GiB) and gaps between tensors (5 %) come on top."""
+    return (peak if where == "cpu" else peak * 1.05 + 2**30) <= memory
+
+
+def what_fits(args: argparse.Namespace) -> int:
+    """The prediction: prints and reports it, and returns the exit status."""
+    findings = []
+    if Path(args.model, "config.json").is_file():
+        config = json.loads(Path(args.model, "config.json").read_text(encoding="utf-8"))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists():
+        answer = run_probe("hub", args.timeout, args.model)
+        if answer["status"] != "passed":
+            fail(f"cannot read the config of {args.model}: {answer['error']}. Give a folder, or see: hf auth whoami")
+        config = answer["facts"]["config"]
+    else:
+        fail(f"no model at {args.model!r}. Give a hub id (user/name) or a folder with a config.json.")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    if lacking := [name for name in needed if not config.get(name)]:
+        fail(f"{args.model}: its config has no {', '.join(lacking)}. The formulas are for Llama-like decoders.")
+    if args.memory:
+        where, name, memory = "gpu", f"{args.memory:g} GiB", int(args.memory * 2**30)
+    else:
+        where, name, memory = find_memory(run_probe("torch", args.timeout).get("facts"), args.root)
+    rows = []
+    if args.method:
+        settings = read_settings(args.options, {})
+        tokens = settings["max_length"]
+        if args.audit:
+            tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
+        rows.append((args.method, args.method, settings, tokens))
+    else:
+        for label, (method, base) in METHODS.items():
+            settings = read_settings(args.options, base)
+            for batch in args.batch:
+                same = {**settings, "per_device_train_batch_size": batch}
+                rows += [(label, method, same, tokens) for tokens in args.length]
+
+    print(f"{args.model}: {count_parameters(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead", "peak")
+    print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
+    report = []
+    for label, method, settings, tokens in rows:
+        memory_parts = predict_memory(config, method, settings, tokens, where)
+        fit = fits(memory_parts["peak"], where, memory)
+        batch = settings["per_device_train_batch_size"]
+        sizes = "".join(f"{memory_parts[part] / 2**30:12.2f}" for part in parts)
+        print(f"{label:26}{batch:6}{tokens:7}{sizes}  {'fits' if fit else 'does not fit'}")
+        report.append({"method": label, "tokens": tokens, "settings": settings, "bytes": memory_parts, "fits": fit})
+    if args.method and not fit:
+        cause = f"{args.method} needs {memory_parts['peak'] / 2**30:.1f} GiB, there are {memory / 2**30:.1f} ({name})"
+        smaller = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}]
+        smaller.append(smaller[0] | smaller[1])
+        if args.method == "lora":
+            smaller += [smaller[2] | {"dtype": "bfloat16"}, smaller[2] | {"dtype": "bfloat16", "load_in_4bit": True}]
+        for change in smaller:
+            if fits(predict_memory(config, method, {**settings, **change}, tokens, where)["peak"], where, memory):
+                options = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+                findings.append(Finding("error", cause, f'make train-{args.method} ARGS="{options}"   (or FORCE=1)'))
+                break
+        else:
+            findings.append(Finding("error", f"{cause}, whatever the batch", f"make train-{args.method} FORCE=1"))
+    if args.method:  # what it takes from bitsandbytes is tried before a model is loaded
+        four_bit, optimizer = settings["load_in_4bit"], re.search("paged|8bit|4bit|bnb", settings["optim"])
+        names = ["bitsandbytes"] * bool(four_bit or optimizer) + ["optimizer"] * bool(optimizer)
+        names += ["quantize", "decode_4bit"] * four_bit
+        for probe_name in names:
+            answer = run_probe(probe_name, args.timeout)
+            if answer["status"] != "passed":
+                mend = "make bitsandbytes" + ("" if four_bit else '   (or ARGS="--optim adamw_torch_fused")')
+                needs = "4-bit weights need" if four_bit else f"{settings['optim']} needs"
+                findings.append(Finding("error", f"{needs} bitsandbytes, {probe_name}: {answer['error']}", mend))
+                break
+    for finding in findings:
+        print(f"{finding.level}: {finding.cause}\n    type: {finding.command}", file=sys.stderr)
+    if args.output and (not findings or args.force):
+        report = {"model": args.model, "memory_bytes": memory, "where": name, "predictions": report}
+        write_json(args.output, report)
+    return 1 if findings and not args.force else 0
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--require", choices=["any", "gpu"], default="any", help="gpu: fail without an accelerator")
-    parser.add_argument("--output", type=Path, help="file for the report, JSON")
+    add = parser.add_argument
+    add("--require", choices=["auto", "gpu", "cpu"], default="auto", help="auto: an accelerator that is in the machine "
+        "has to work; gpu: there has to be one; cpu: none is needed (default: auto)")  # fmt: skip
+    add("--access", metavar="HUB_ID", help="a model on the hub: check the access to it")
+    add("--model", help="hub id or folder: predict what fits instead of checking the machine")
+    add("--memory", type=float, metavar="GIB", help="memory of an accelerator that is not here; MI300X 192, H100 80")
+    add("--method", choices=["lora", "full"], help="predict this one training, with its options after --, and fail "
+        "if it does not fit or if the bitsandbytes that it needs does not work")  # fmt: skip
+    add("--batch", type=int, nargs="+", default=[1, 4], help="rows in a batch, of the table (default: 1 4)")
+    add("--length", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of the longest row, of the table")
+    add("--audit", type=Path, metavar="FILE", help="report of audit_tokens.py: the longest row is taken from there")
+    add("--force", action="store_true", help="with --method: exit with 0 all the same")
+    add("--timeout", type=float, default=120, help="seconds that a probe may take (default: 120)")
+    add("--root", type=Path, default=Path("/"), help="folder of another system's files: /dev, /sys, /opt/rocm, tools")
+    add("--output", type=Path, help="file for the report, JSON")
+    add("--probe", choices=PROBES, help=argparse.SUPPRESS)
+    add("options", nargs="*", help="after --: options of the training")
     args = parser.parse_args()
-
-    versions, missing = check_packages()
-    torch_report = check_torch() if "torch" in versions else {"available": False, "hip": None, "cuda": None, "gpus": []}
-    tool, listing = ask_tool()
-
-    gpu = "ROCm-GPU" if torch_report["hip"] else "GPU"
-    print(f"Is a {gpu} detected?  {torch_report['available']}")
-    print(f"How many {gpu}s are detected?  {len(torch_report['gpus'])}")
-    for index, device in enumerate(torch_report["gpus"]):
-        print(f"  cuda:{index}  {device['name']}  {device['memory_bytes'] / 2**30:.0f} GiB  {device.get('arch', '')}")
-    if tool:
-        print(f"\n{tool}:\n{listing}")
-    else:
-        print("\nNone of amd-smi, rocm-smi, nvidia-smi is there and works: no product names.")
-
-    print(f"\nPython {platform.python_version()}")
-    for package in PACKAGES:
-        print(f"  {package:16} {versions.get(package) or 'MISSING OR BROKEN, ' + missing[package]}")
-
-    problems = []
-    if missing:
-        problems.append(
-            f"missing or broken: {', '.join(missing)}. Type: make setup, or: pip install {' '.join(missing)}"
-        )
-    if args.require == "gpu" and not torch_report["available"]:
-        problems.append("PyTorch finds no accelerator. Without one, leave out --require gpu to work on the CPU.")
-    ready = "ready, on the accelerator" if torch_report["available"] else "ready, on the CPU (no accelerator found)"
-    verdict = "not ready" if problems else ready
-    print(f"\nVerdict: {verdict}")
-
+    if args.probe:
+        answer_probe(args.probe, args.options)
     if args.output:
-        report = {
-            "verdict": verdict,
-            "problems": problems,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "torch": torch_report,
-            "tool": tool,
-            "products": listing.splitlines(),
-            "packages": versions,
-            "missing": missing,
-        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(args.output)
-    if problems:
-        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+    sys.exit(what_fits(args) if args.model else examine(args))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,10 @@ class ScriptArguments:
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to measure the held-out loss on."})
+    memory_prediction: str | None = field(
+        default=None,
+        metadata={"help": "Report of 00_check_gpu.py --model --method: its figure is kept beside the measured one."},
+    )
     token_metrics: bool = field(
         default=True,
         metadata={
@@ -231,6 +235,12 @@ def main() -> None:
     training_args.include_num_input_tokens_seen = "non_padding"
     model_args.use_peft = True
 
+    predicted = None
+    if report := script_args.memory_prediction:
+        if not Path(report).is_file():
+            fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
+        predicted = json.loads(Path(report).read_text(encoding="utf-8"))
+
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
     held_out = None
@@ -280,6 +290,8 @@ def main() -> None:
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
+    if predicted:
+        metrics["predicted_memory_bytes"] = predicted["predictions"][0]["bytes"]["peak"]
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
     if not trainer.is_world_process_zero():
@@ -327,7 +339,9 @@ def main() -> None:
         "history": trainer.state.log_history,
     }
     write_json(output_dir / "run.json", run)
-    print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    note = f" ({metrics['predicted_memory_bytes'] / 2**30:.2f} predicted)" if predicted else ""
+    peak = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB{note}"
+    print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {peak}")
     print(f"The adapter is in {output_dir / 'adapter'}")
 
 

@@ -91,6 +91,10 @@ class ScriptArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to measure the held-out loss on."})
     max_shard_size: str = field(default="5GB", metadata={"help": "The largest file of weights; more are split."})
+    memory_prediction: str | None = field(
+        default=None,
+        metadata={"help": "Report of 00_check_gpu.py --model --method: its figure is kept beside the measured one."},
+    )
     token_metrics: bool = field(
         default=True,
         metadata={
@@ -239,6 +243,12 @@ def main() -> None:
             "The weights stay in float32; for speed compute in bfloat16: --bf16 true"
         )
 
+    predicted = None
+    if report := script_args.memory_prediction:
+        if not Path(report).is_file():
+            fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
+        predicted = json.loads(Path(report).read_text(encoding="utf-8"))
+
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
     held_out = None
@@ -292,6 +302,8 @@ def main() -> None:
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics["peak_memory_bytes"] = peak_memory()
+    if predicted:
+        metrics["predicted_memory_bytes"] = predicted["predictions"][0]["bytes"]["peak"]
 
     # Save the model: config, generation config, index and files of at most max_shard_size
     if not trainer.is_world_process_zero():
@@ -335,7 +347,9 @@ def main() -> None:
         "history": trainer.state.log_history,
     }
     write_json(output_dir / "run.json", run)
-    print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    note = f" ({metrics['predicted_memory_bytes'] / 2**30:.2f} predicted)" if predicted else ""
+    peak = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB{note}"
+    print(f"{metrics['tokens_per_second']:.0f} tokens/s, peak memory {peak}")
     print(f"The model is in {output_dir / 'model'}")
 
 

@@ -1,67 +1,259 @@
-"""00_check_gpu.py on machines with and without accelerators; the system's tools and torch's view are stand-ins."""
+"""00_check_gpu.py on machines that are not here (fake_machine.py), and with each fault seeded in turn."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import pytest
-from conftest import load, run
+from conftest import ROOT, load, run
+from fake_machine import GIB, H100, MI300X, Machine, torch_for
+
+SCRIPT = ROOT / "scripts/00_check_gpu.py"
+SCHEMA = json.loads((ROOT / "env/check-report.schema.json").read_text())
+# Root may read whatever it likes, unless it gives that right away.
+PLAIN_USER = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
 
 
-def stand_in(folder, name, text, status=0):
-    (folder / name).write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
-    (folder / name).chmod(0o755)
+def without_permission(machine: Machine) -> Machine:
+    (machine.root / "dev/kfd").chmod(0)
+    return machine
 
 
-def test_a_machine_without_accelerator_is_ready_unless_one_is_required(tmp_path):
-    result = run("00_check_gpu.py", "--output", "check/report.json", cwd=tmp_path, PATH=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "Is a GPU detected?  False" in result.stdout and "How many GPUs are detected?  0" in result.stdout
-    report = json.loads((tmp_path / "check/report.json").read_text())
-    assert report["verdict"].startswith("ready, on the CPU") and report["missing"] == {}
-    assert report["packages"]["trl"] and report["torch"]["available"] is False
-    result = run("00_check_gpu.py", "--require", "gpu", "--output", "check/report.json", cwd=tmp_path)
-    assert result.returncode == 1 and "finds no accelerator" in result.stderr
-    assert json.loads((tmp_path / "check/report.json").read_text())["verdict"] == "not ready"
+# name: machine, exit status, and the cause and the command of each finding, in order
+MACHINES = {
+    "MI300X": (lambda root: Machine(root, torch_for("7.2", gpus=[MI300X])).add_amd(), 0, []),
+    "MI300X with CUDA torch": (
+        lambda root: Machine(root, torch_for(cuda="13.0")).add_amd(),
+        1,
+        [("is built for CUDA 13.0, this is an AMD machine", "make setup BACKEND=rocm")],
+    ),
+    "no permission": (
+        lambda root: without_permission(Machine(root, torch_for("7.2")).add_amd()),
+        1,
+        [("no permission to read and write /dev/kfd", "sudo usermod -a -G video,render $USER")],
+    ),
+    "four GPUs": (
+        lambda root: Machine(root, torch_for("7.2", gpus=[{**MI300X, "free": 9 * GIB}, *[MI300X] * 3])).add_amd(4),
+        2,
+        [
+            ("4 accelerators are visible", "export HIP_VISIBLE_DEVICES=1"),
+            ("183 of 192 GiB of the accelerator's memory are taken", "amd-smi process"),
+        ],
+    ),
+    "ROCm 10 without rocm-smi": (
+        lambda root: Machine(root, torch_for("7.2", gpus=[MI300X])).add_amd(rocm="10.0.0", tools=("amd-smi",)),
+        2,
+        [("built for ROCm 7.2, the system has 10.0.0", "make setup BACKEND=rocm TORCH_INDEX=rocm10.0")],
+    ),
+    "bitsandbytes without a library": (
+        lambda root: Machine(root, torch_for("10.0", gpus=[MI300X])).add_amd(rocm="10.0.0", tools=("amd-smi",)),
+        1,
+        [("no native library of bitsandbytes for ROCm 10.0 could be loaded", "make bitsandbytes")],
+    ),
+    "wrong arithmetic": (
+        lambda root: Machine(root, torch_for("7.2", gpus=[MI300X]), FAKE_BROKEN="1").add_amd(),
+        1,
+        [(f"{probe} on the accelerator", "amd-smi") for probe in ("matmul_fp32", "matmul_bf16", "backward", "attention")]
+        + [(probe, "make bitsandbytes") for probe in ("optimizer", "quantize", "decode_4bit")],
+    ),
+    "H100": (lambda root: Machine(root, torch_for(cuda="13.0", gpus=[H100])).add_nvidia(), 0, []),
+    "CPU": (lambda root: Machine(root, torch_for()), 0, []),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the check printed and reported of each machine."""
+
+    def examine(name):
+        root = tmp_path_factory.mktemp("machine")
+        machine = MACHINES[name][0](root)
+        environment = {key: value for key, value in os.environ.items() if "VISIBLE_DEVICES" not in key}
+        environment |= {**machine.environment, "HF_HOME": str(root / "hub"), "HF_TOKEN": ""}
+        prefix = PLAIN_USER if name == "no permission" else []
+        command = [*prefix, sys.executable, SCRIPT, "--root", root, "--output", root / "report.json"]
+        result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        return result, json.loads((root / "report.json").read_text())
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(MACHINES, pool.map(examine, MACHINES), strict=True))
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_verdict_cause_and_command_of_each_machine(name, results):
+    _, status, expected = MACHINES[name]
+    result, report = results[name]
+    findings = [finding for finding in report["findings"] if "of disk are free" not in finding["cause"]]
+    assert len(findings) == len(expected), result.stdout + result.stderr
+    for finding, (cause, command) in zip(findings, expected, strict=True):
+        assert cause in finding["cause"] and finding["command"].startswith(command)
+        assert f"{finding['level']}: {finding['cause']}\n    type: {finding['command']}\n" in result.stdout
+    if len(findings) == len(report["findings"]):  # the disk of the machine under test is what it is
+        assert result.returncode == status
+        assert report["verdict"] == {0: "ready", 1: "not ready", 2: "ready, with warnings"}[status]
+    jsonschema.validate(report, SCHEMA)
+
+
+def test_the_tutorials_lines_and_what_the_system_says(results):
+    printed = results["four GPUs"][0].stdout
+    assert "Is a ROCm-GPU detected?  True\nHow many ROCm-GPUs are detected?  4\n" in printed
+    assert "  cuda:3  AMD Instinct MI300X  gfx942  191 of 192 GiB free\n" in printed
+    assert "MARKET_NAME: AMD Instinct MI300X" in printed
+    system = results["ROCm 10 without rocm-smi"][1]["system"]
+    assert system["tool"] == "amd-smi" and system["amd"]["rocm"] == "10.0.0" and system["amd"]["driver"] == "6.16.6"
+    assert system["amd"]["gpus"] == [{"arch": "gfx942", "memory_bytes": 192 * GIB}]
+    assert results["MI300X"][1]["probes"]["bitsandbytes"]["facts"]["built_for"] == "7.2"
+    assert results["H100"][1]["system"]["nvidia"] == {"gpus": [H100["name"]], "driver": "580.95.05", "cuda": "13.0"}
+    assert "Is a GPU detected?  False" in results["CPU"][0].stdout
 
 
 @pytest.mark.parametrize(
-    ("tools", "asked", "said"),
+    ("tools", "asked"),
     [
-        ({"amd-smi": 0, "rocm-smi": 0}, "amd-smi", "amd-smi sees MI300X"),
-        ({"amd-smi": 1, "rocm-smi": 0}, "rocm-smi", "rocm-smi sees MI300X"),
-        ({"nvidia-smi": 0}, "nvidia-smi", "nvidia-smi sees MI300X"),
-        ({"nvidia-smi": 9}, None, ""),
+        ({"amd-smi": 0, "rocm-smi": 0}, "amd-smi"),
+        ({"amd-smi": 1, "rocm-smi": 0}, "rocm-smi"),
+        ({"nvidia-smi": 0}, "nvidia-smi"),
+        ({"nvidia-smi": 9}, None),
     ],
 )
-def test_product_names_come_from_the_first_tool_that_works(tools, asked, said, tmp_path, monkeypatch):
+def test_product_names_come_from_the_first_tool_that_works(tools, asked, tmp_path):
+    machine = Machine(tmp_path, torch_for())
     for name, status in tools.items():
-        stand_in(tmp_path, name, f"{name} sees MI300X", status)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert load("00_check_gpu.py").ask_tool() == (asked, said)
+        machine.add_tool(name, f"echo '{name} sees it'; exit {status}")
+    system = load("00_check_gpu.py").look_at_system(tmp_path)
+    assert (system["tool"], system["products"]) == (asked, [f"{asked} sees it"] if asked else [])
 
 
-def test_missing_packages_are_named_with_the_command(monkeypatch):
+HEALTHY = {
+    "platform": "", "container": False, "tool": None, "products": [], "variables": {},
+    "amd": {"kfd": True, "gpus": [], "on_pci_bus": 1, "driver": None, "rocm": "7.2.0", "no_permission": []},
+    "nvidia": {"gpus": [], "driver": None, "cuda": None},
+}  # fmt: skip
+NO_AMD = {"amd": {**HEALTHY["amd"], "kfd": False, "on_pci_bus": 0, "rocm": None}}
+NVIDIA = {**NO_AMD, "nvidia": {"gpus": ["H100"], "driver": "550.1", "cuda": "12.4"}}
+GPU = {"name": "MI300X", "memory_bytes": 192 * GIB, "free_bytes": 191 * GIB, "arch": "gfx942"}
+ROCM = {"version": "2.13.0+rocm7.2", "hip": "7.2", "cuda": None, "available": True, "gpus": [GPU], "arch_list": ["gfx942"]}
+BLIND = {**ROCM, "available": False, "gpus": []}
+CUDA = {**BLIND, "version": "2.13.0", "hip": None, "cuda": "13.0"}
+CPU = {**BLIND, "version": "2.13.0+cpu", "hip": None}
+
+
+@pytest.mark.parametrize(
+    ("system", "torch", "require", "level", "cause", "command"),
+    [
+        ({"amd": {**HEALTHY["amd"], "kfd": False}}, BLIND, "auto", "error", "amdgpu is not loaded", "sudo modprobe amdgpu"),
+        ({"amd": {**HEALTHY["amd"], "kfd": False}, "container": True}, BLIND, "auto", "error", "container was not", "docker"),
+        ({"amd": {**HEALTHY["amd"], "no_permission": ["/dev/kfd"]}, "container": True}, BLIND, "gpu", "error",
+         "no permission to read and write /dev/kfd", "docker run --group-add video"),
+        ({}, CPU, "auto", "error", "built for the CPU alone, this is an AMD machine", "make setup BACKEND=rocm"),
+        ({}, CPU, "cpu", "warning", "built for the CPU alone, this is an AMD machine", "make setup BACKEND=rocm"),
+        ({}, BLIND, "gpu", "error", "finds no accelerator on this AMD machine", "amd-smi list"),
+        ({"variables": {"HIP_VISIBLE_DEVICES": "7"}}, BLIND, "auto", "error", "HIP_VISIBLE_DEVICES='7' is set",
+         "unset HIP_VISIBLE_DEVICES"),
+        ({"variables": {"HSA_OVERRIDE_GFX_VERSION": "11.0.0"}}, ROCM, "auto", "warning", "HSA_OVERRIDE_GFX_VERSION=11.0.0",
+         "unset HSA_OVERRIDE_GFX_VERSION"),
+        ({}, {**ROCM, "arch_list": ["gfx1100"]}, "auto", "error", "no kernels for gfx942: gfx1100", "make setup"),
+        (NVIDIA, ROCM | {"available": False, "gpus": []}, "auto", "error", "built for ROCm 7.2, this is an NVIDIA machine",
+         "make setup BACKEND=cuda"),
+        (NVIDIA, CUDA, "auto", "error", "driver 550.1 is for CUDA 12.4, PyTorch needs 13.0",
+         "make setup BACKEND=cuda TORCH_INDEX=https://download.pytorch.org/whl/cu124"),
+        (NO_AMD, CPU, "gpu", "error", "there is no accelerator here", "make setup BACKEND=cpu"),
+    ],
+)  # fmt: skip
+def test_each_fault_of_the_system_is_found(system, torch, require, level, cause, command):
     script = load("00_check_gpu.py")
-    monkeypatch.setattr(script, "PACKAGES", ("torch", "no-such-package"))
-    versions, missing = script.check_packages()
-    assert versions.keys() == {"torch"}
-    assert "No module named 'no-such-package'" in missing["no-such-package"]
+    assert script.judge_system(HEALTHY, ROCM, "auto") == []
+    (finding,) = script.judge_system(HEALTHY | system, torch, require)
+    assert finding.level == level and cause in finding.cause and finding.command.startswith(command)
 
 
-def test_the_tutorials_lines_on_a_rocm_machine(monkeypatch, capsys):
-    import torch
+def passed(**facts) -> dict:
+    return {"status": "passed", "seconds": 1, "facts": facts}
 
-    class Properties:
-        name, total_memory, gcnArchName = "AMD Instinct MI300X", 192 * 2**30, "gfx942:sramecc+:xnack-"
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(torch.version, "hip", "7.2")
-    monkeypatch.setattr("sys.argv", ["00_check_gpu.py", "--require", "gpu"])
+def failed(error: str) -> dict:
+    return {"status": "failed", "seconds": 1, "error": error}
+
+
+@pytest.mark.parametrize(
+    ("probes", "variables", "level", "cause", "command"),
+    [
+        ({"packages": passed(versions={}, missing={"trl": "ModuleNotFoundError"})}, {}, "error",
+         "missing or broken: trl (ModuleNotFoundError)", "make setup   (or: pip install trl==1.16.0)"),
+        ({"packages": passed(versions={"peft": "0.1"}, missing={})}, {}, "warning", "peft 0.1 instead of 0.21.2",
+         "pip install peft==0.21.2"),
+        ({"packages": failed("status 1")}, {}, "error", "importing the packages: status 1", "make setup"),
+        ({"torch": failed("signal 11")}, {}, "error", "PyTorch does not work: signal 11", "make setup"),
+        ({"attention": failed("it did not end")}, {}, "error", "attention on the accelerator: it did not end", "amd-smi"),
+        ({"bitsandbytes": failed("no native library")}, {"BNB_ROCM_VERSION": "60"}, "error", "BNB_ROCM_VERSION=60 is set",
+         "unset BNB_ROCM_VERSION"),
+        ({"bitsandbytes": passed(library="lib_rocm71.so", built_for="7.1")}, {}, "warning",
+         "took its library for 7.1, PyTorch is built for 7.2", "make bitsandbytes FORCE=1"),
+        ({"decode_4bit": failed("off by nan")}, {}, "error", "decode_4bit with lib_rocm72.so: off by nan", "make bits"),
+        ({"hub": failed("no access to meta/Llama: GatedRepoError")}, {}, "error", "no access to meta/Llama",
+         "ask for access at https://huggingface.co/meta/Llama, then HF_TOKEN= in .env"),
+    ],
+)  # fmt: skip
+def test_each_fault_that_a_probe_shows_is_found(probes, variables, level, cause, command):
     script = load("00_check_gpu.py")
-    monkeypatch.setattr(script, "PACKAGES", ("torch",))  # the others do not import into this make-believe
-    script.main()
-    printed = capsys.readouterr().out
-    assert "Is a ROCm-GPU detected?  True\nHow many ROCm-GPUs are detected?  4\n" in printed
-    assert "cuda:3  AMD Instinct MI300X  192 GiB  gfx942" in printed
-    assert "Verdict: ready, on the accelerator" in printed
+    healthy = {name: passed() for name in script.PROBES}
+    healthy["packages"] = passed(versions=script.PINS, missing={})
+    healthy["bitsandbytes"] = passed(library="lib_rocm72.so", built_for="7.2")
+    assert script.judge_probes(healthy, ROCM, {}) == []
+    (finding,) = script.judge_probes(healthy | probes, ROCM, variables)
+    assert finding.level == level and cause in finding.cause and finding.command.startswith(command)
+
+
+def test_a_probe_that_crashes_or_hangs_is_a_finding_and_not_the_end(tmp_path):
+    text = SCRIPT.read_text()
+    for name, fault in (("backward", "os.abort()"), ("attention", "time.sleep(600)")):
+        start = f"def probe_{name}() -> dict:\n"
+        assert start in text
+        text = text.replace(start, f"{start}    {fault}\n")
+    (tmp_path / "check.py").write_text(text)
+    result = run(tmp_path / "check.py", "--timeout", "30", "--output", "report.json", cwd=tmp_path)
+    probes = json.loads((tmp_path / "report.json").read_text())["probes"]
+    assert result.returncode == 1
+    assert (probes["backward"]["status"], probes["attention"]["status"]) == ("crashed", "timed out")
+    assert "error: backward on the CPU: it ended with signal 6" in result.stdout
+    assert "error: attention on the CPU: it did not end within 30 s" in result.stdout
+    assert probes["packages"]["status"] == probes["optimizer"]["status"] == "passed"
+
+
+def test_where_nothing_is_installed_that_is_the_finding(tmp_path):
+    venv.create(tmp_path / "empty", symlinks=True)
+    shutil.copy(SCRIPT, tmp_path)
+    command = [tmp_path / "empty/bin/python", "00_check_gpu.py", "--output", "report.json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert result.returncode == 1 and result.stderr == ""
+    assert "error: missing or broken: torch (ModuleNotFoundError" in result.stdout
+    assert "type: make setup   (or: pip install torch==2.13.0 transformers==" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["torch"] is None and set(report["missing"]) == set(load("00_check_gpu.py").PINS)
+
+
+def test_the_token_is_said_to_be_there_and_never_shown(tmp_path):
+    (tmp_path / ".env").write_text("HF_TOKEN=hf_planted_token\n")
+    result = run("00_check_gpu.py", "--output", "report.json", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
+    report = (tmp_path / "report.json").read_text()
+    assert json.loads(report)["token"] is True and "Hugging Face token: there" in result.stdout
+    assert "planted" not in report + result.stdout + result.stderr
+
+
+def test_pins_are_those_of_the_environment():
+    stated = {}
+    for file in ("requirements.txt", "requirements-torch.txt"):
+        for line in (ROOT / "env" / file).read_text().splitlines():
+            requirement, _, marker = line.partition("; ")
+            older = sys.version_info < (3, 11)
+            if "==" in requirement and (not marker or older == ("<" in marker)):
+                name, version = requirement.split("==")
+                stated[name] = version
+    pins = load("00_check_gpu.py").PINS
+    assert pins == {name: stated[name] for name in pins}
