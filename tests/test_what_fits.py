@@ -1,0 +1,251 @@
+"""The memory prediction of 00_check_gpu.py against what PyTorch keeps, counts and takes."""
+
+import contextlib
+import json
+import os
+
+import pytest
+import torch
+from conftest import load, run, write_rows
+from fake_machine import Machine, torch_for
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+script = load("00_check_gpu.py")
+SIZES = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
+QUERY_VALUE, ALL = ["q_proj", "v_proj"], ["all-linear"]
+
+
+def settings(**others) -> dict:
+    return script.SETTINGS | others
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), (6_738_415_616, 33_554_432)),  # its defaults are Llama-2-7B
+        (LlamaConfig(**SIZES, num_hidden_layers=3, tie_word_embeddings=True), None),
+        (LlamaConfig(**SIZES, num_hidden_layers=3, head_dim=24), None),
+        (Qwen2Config(**SIZES, num_hidden_layers=3, tie_word_embeddings=True), None),
+        (Qwen3Config(**SIZES, num_hidden_layers=3, head_dim=24), None),
+    ],
+)
+def test_parameters_are_those_of_the_model(config, expected):
+    counts = script.count_parameters(config.to_dict(), QUERY_VALUE, 64)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        adapter, _ = get_peft_model(model, LoraConfig(r=64, task_type="CAUSAL_LM")).get_nb_trainable_parameters()
+    found = (model.num_parameters() - adapter, adapter)
+    assert (counts["total"], counts["adapter"]) == found
+    assert expected in (None, found)
+
+
+def kept_by_autograd(layers, batch, length, method, dtype, autocast, dropout, targets) -> int:
+    """Bytes that autograd keeps for the backward pass of a padded batch, weights not counted."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_hidden_layers=layers)).to(dtype)
+    if method == "lora":
+        names = "all-linear" if targets == ALL else targets
+        model = get_peft_model(
+            model, LoraConfig(r=8, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+        )
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, -3:] = 0
+    cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
+        model.train()(input_ids=torch.randint(3, 100, (batch, length)), attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("targets", [QUERY_VALUE, ALL], ids=["q, v", "all"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("method", "dtype", "autocast"),
+    [
+        ("lora", "float32", False),
+        ("lora", "float32", True),
+        ("lora", "bfloat16", False),
+        ("lora", "bfloat16", True),
+        ("full", "float32", False),
+        ("full", "float32", True),
+    ],
+)
+def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, targets):
+    batch, length = 4, 40
+    arguments = (batch, length, method, getattr(torch, dtype), autocast, dropout, targets)
+    kept = kept_by_autograd(3, *arguments) - kept_by_autograd(2, *arguments)  # of one layer
+    config = LlamaConfig(**SIZES, num_hidden_layers=1).to_dict()
+    options = settings(
+        dtype=dtype, bf16=autocast, lora_r=8, lora_dropout=dropout, lora_target_modules=targets,
+        per_device_train_batch_size=batch,
+    )  # fmt: skip
+    parts = script.predict_memory(config, method, options, length, "cpu")
+    predicted = parts["activations"]
+    if autocast:  # autograd keeps the bf16 copies of the weights too, which are predicted as weights
+        counts = script.count_parameters(config, targets, 8)
+        predicted += 2 * (counts["adapter"] if method == "lora" else 0)
+        predicted += 2 * counts["quantizable"] if dtype == "float32" else 0
+    assert predicted == pytest.approx(kept, rel=0.005)
+
+
+def test_four_bit_weights_take_what_bitsandbytes_takes():
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(2048, 2048)
+    for nested, bits in ((False, 4.5), (True, 4.127)):
+        packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+        taken = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if nested else 0)
+        assert 8 * taken / weight.numel() == pytest.approx(bits, abs=0.001)
+    config = LlamaConfig().to_dict()
+    options = settings(load_in_4bit=True, use_bnb_nested_quant=True, dtype="bfloat16")
+    weights = script.predict_memory(config, "lora", options, 512, "gpu")["weights"]
+    rest = 2 * 32000 * 4096 + 65 * 4096  # embeddings, head and norms
+    assert weights == int((6_738_415_616 - rest) * 4.127 / 8 + 2 * rest + 4 * 33_554_432)
+
+
+def test_the_parts_of_llama_2_7b_on_an_accelerator():
+    parts = script.predict_memory(LlamaConfig().to_dict(), "full", settings(), 512, "gpu")
+    assert parts["weights"] == parts["gradients"] == 4 * 6_738_415_616 and parts["optimizer"] == 8 * 6_738_415_616
+    assert parts["peak"] == 16 * 6_738_415_616 > parts["weights"] + parts["optimizer"] + parts["activations"]
+    longer = script.predict_memory(LlamaConfig().to_dict(), "full", settings(), 2048, "gpu")
+    assert longer["peak"] == sum(longer[name] for name in ("weights", "optimizer", "activations", "logits"))
+    fewer = script.predict_memory(LlamaConfig().to_dict(), "full", settings(gradient_checkpointing=True), 2048, "gpu")
+    assert fewer["activations"] < longer["activations"] / 10
+    plain = script.predict_memory(LlamaConfig().to_dict(), "lora", settings(token_metrics=False), 512, "gpu")
+    assert plain["logits"] == 12 * 4 * 512 * 32000
+
+
+def save_config(folder, **sizes) -> str:
+    LlamaConfig(**sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_table_marks_what_fits(tmp_path):
+    llama = save_config(tmp_path / "llama")
+    result = run("00_check_gpu.py", "--model", llama, "--memory", "80", "--output", "fits.json", cwd=tmp_path)
+    assert result.returncode == 0 and "6,738,415,616 parameters" in result.stdout
+    predictions = json.loads((tmp_path / "fits.json").read_text())["predictions"]
+    assert len(predictions) == 5 * 2 * 3
+    for row in predictions:
+        assert row["fits"] == (row["bytes"]["peak"] * 1.05 + 2**30 <= 80 * 2**30)
+        assert f"{row['bytes']['peak'] / 2**30:.2f}  {'fits' if row['fits'] else 'does not fit'}\n" in result.stdout
+    fit = {
+        (row["method"], row["settings"]["per_device_train_batch_size"], row["tokens"]): row["fits"]
+        for row in predictions
+    }
+    assert fit["LoRA, fp32 (the tutorial)", 4, 1024] and not fit["LoRA, fp32 (the tutorial)", 4, 2048]
+    assert fit["LoRA, bf16", 4, 2048] and not any(value for key, value in fit.items() if key[0].startswith("full"))
+
+
+def small_memory(root, gib: float) -> Machine:
+    machine = Machine(root, torch_for())
+    machine.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable:   {int(gib * 2**20)} kB\n")
+    return machine
+
+
+def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
+    machine = small_memory(tmp_path / "machine", 12)
+    llama = save_config(tmp_path / "llama", num_hidden_layers=4)
+    write_rows(tmp_path / "audit.json", [{"longest_row": 700}])
+    command = ["--root", machine.root, "--model", llama, "--method", "lora", "--audit", "audit.json"]
+    options = ["--", "--optim", "adamw_torch_fused", "--learning_rate", "1", "--run_name", "x"]
+    result = run("00_check_gpu.py", *command, "--output", "memory.json", *options, cwd=tmp_path)
+    assert result.returncode == 1 and not (tmp_path / "memory.json").exists()
+    cause, mend = result.stderr.splitlines()
+    assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
+    assert mend == '    type: make train-lora ARGS="--per_device_train_batch_size 1"   (or FORCE=1)'
+    advice = ["--per_device_train_batch_size", "1"]
+    assert run("00_check_gpu.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
+    result = run("00_check_gpu.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
+    assert result.returncode == 0 and "error: lora needs" in result.stderr
+    (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
+    assert row["tokens"] == 700 and row["fits"] is False
+
+
+def test_options_of_the_training_and_its_recipe_decide(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lora_r: 16\nlora_target_modules: [all-linear]\nbf16: true\nseed: 3\n")
+    given = ["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "4", "--max_length=256", "--gradient_checkpointing"]
+    read = script.read_settings([*given, "--lora", "9", "--save_steps", "7"], {"dtype": "bfloat16"})
+    assert read == settings(
+        dtype="bfloat16", bf16=True, lora_r=4, lora_target_modules=["all-linear"], max_length=256,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+LESS = "import ctypes\nload = ctypes.cdll.LoadLibrary\n\ndef less(name):\n    if 'libbitsandbytes' in name:\n"
+LESS += "        raise OSError('no library')\n    return load(name)\n\nctypes.cdll.LoadLibrary = less\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ([], "error: paged_adamw_32bit needs bitsandbytes, bitsandbytes: RuntimeError: no native library"),
+        (
+            ["--optim", "adamw_torch", "--load_in_4bit", "true"],
+            "error: 4-bit weights need bitsandbytes, bitsandbytes: ",
+        ),
+        (["--optim", "adamw_torch_fused"], None),
+    ],
+)
+def test_bitsandbytes_without_its_library_stops_what_needs_it(options, needs, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LESS)
+    model = save_config(tmp_path / "model", **SIZES)
+    command = ["--model", model, "--method", "lora", "--", *options]
+    result = run("00_check_gpu.py", *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == (1 if needs else 0)
+    assert result.stderr.startswith(needs) if needs else result.stderr == ""
+    assert "type: make bitsandbytes" in result.stderr or not needs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "nowhere"], "no model at 'nowhere'"),
+        (["--model", "model", "--method", "lora", "--", "--lora_target_modules", "c_attn"], "c_attn is none of q_proj"),
+        (["--model", "other"], "its config has no hidden_size"),
+    ],
+)
+def test_bad_input_is_named(arguments, said, tmp_path):
+    save_config(tmp_path / "model", **SIZES)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "gpt2", "n_embd": 768}')
+    result = run("00_check_gpu.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 1 and said in result.stderr and len(result.stderr.splitlines()) <= 2
+
+
+def test_run_json_keeps_predicted_beside_measured(tiny_model, question_rows, tmp_path):
+    recipe = ["--optim", "adamw_torch_fused", "--max_steps", "2"]
+    check = ["--model", tiny_model, "--method", "full", "--output", "memory.json", "--", *recipe]
+    assert run("00_check_gpu.py", *check, cwd=tmp_path).returncode == 0
+    train = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", "out", *recipe]
+    result = run("03_train_full.py", *train, "--memory_prediction", "memory.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "out/run.json").read_text())["metrics"]
+    (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
+    assert metrics["predicted_memory_bytes"] == row["bytes"]["peak"]
+    assert f"GiB ({row['bytes']['peak'] / 2**30:.2f} predicted)" in result.stdout
+    result = run("03_train_full.py", *train, "--memory_prediction", "none.json", cwd=tmp_path)
+    assert result.returncode == 1 and "no memory prediction at 'none.json'" in result.stderr
+
+
+@pytest.mark.skipif("MALLOC_MMAP_THRESHOLD_" in os.environ, reason="malloc is set up otherwise")
+def test_malloc_set_up_otherwise_keeps_nothing(monkeypatch):
+    config, kept = (
+        LlamaConfig(**SIZES).to_dict(),
+        script.predict_memory(LlamaConfig(**SIZES).to_dict(), "lora", settings(), 512, "cpu"),
+    )
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    without = script.predict_memory(config, "lora", settings(), 512, "cpu")
+    assert without["overhead"] == int(0.53 * 2**30)
+    assert kept["overhead"] - without["overhead"] == pytest.approx(
+        0.4 * (kept["activations"] + kept["logits"]), rel=0.01
+    )
