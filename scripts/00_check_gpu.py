@@ -438,7 +438,7 @@ def judge_probes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
                 findings.append(Finding("error", f"{name} on {where}: {broken[name]}", tool))
         if "bitsandbytes" not in missing:
             findings += judge_bitsandbytes(probes, torch, variables)
-    if "hub" in broken and "huggingface-hub" not in missing:
+    if "hub" in broken and not {"huggingface-hub", "python-dotenv"} & missing.keys():
         model = re.search(r"no access to (\S+):", broken["hub"])
         page = (
             f"ask for access at https://huggingface.co/{model[1]}, then HF_TOKEN= in .env"

@@ -3,9 +3,12 @@
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load
+from transformers import LlamaConfig
 
-DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md")}
+DOCUMENTS = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md", "docs/rocm.md")
+}
 
 
 def test_each_row_of_the_errata_names_a_test_or_a_command():
@@ -25,6 +28,19 @@ def test_quoted_code_stands_in_a_script():
     assert len(quoted) >= 8
     for line in quoted:
         assert " ".join(line.split()) in " ".join(code.split()), line
+
+
+def test_the_table_of_what_fits_is_what_the_script_says():
+    script, llama = load("00_check_gpu.py"), LlamaConfig().to_dict()
+    rows = re.findall(r"^\| (.+?) \| (\d) × (\d+) \| (.+) \|$", DOCUMENTS["docs/rocm.md"], re.M)
+    assert len(rows) == 4 * len(script.METHODS)
+    for label, batch, tokens, stated in rows:
+        method, base = script.METHODS[label]
+        settings = script.SETTINGS | base | {"per_device_train_batch_size": int(batch)}
+        parts = script.predict_memory(llama, method, settings, int(tokens), "gpu")
+        sizes = [f"{size / 2**30:.1f}" for name, size in parts.items() if name != "overhead"]
+        fit = [script.fits(parts["peak"], "gpu", memory * 2**30) for memory in (192, 80, 24)]
+        assert stated.split(" | ") == sizes + ["yes" if it_does else "no" for it_does in fit]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
