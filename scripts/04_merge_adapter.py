@@ -21,8 +21,8 @@ The merge is done in float32, and checked against the adapter on its base: on th
 must come out the same, and on their logits. What was saved is read back, and its logits must be within the tolerance of
 the type it was saved in. Otherwise nothing is kept.
 
-An adapter that was trained on quantized weights (QLoRA) is merged into those of full precision. What it answers there is
-measured on the quantized weights too; run.json has the difference.
+An adapter that was trained on quantized weights (QLoRA) is merged into those of full precision. The answers that it gives
+there are measured on the quantized weights too; run.json has the difference.
 """
 
 import argparse
@@ -157,8 +157,9 @@ def check(what: str, expected: torch.Tensor, found: torch.Tensor, dtype: str) ->
 
 
 def compare_with_quantized(name: str, base: str, revision: str | None, training: dict, rows: list, logits) -> dict:
-    """The adapter on the quantized weights that it was trained on, against the same on those of full precision (logits):
-    tokens of the answers that both choose, mean loss on them (nats per token), mean difference of log-probabilities."""
+    """The adapter on the quantized weights that it was trained on, against logits, the same on those of full precision:
+    tokens of the answers that both choose, mean loss on them (nats per token), mean difference of log-probabilities.
+    """
     try:
         from bitsandbytes.nn import Linear4bit  # only adapters of quantized weights need it
 
