@@ -21,8 +21,8 @@ The merge is done in float32, and checked against the adapter on its base: on th
 must come out the same, and on their logits. What was saved is read back, and its logits must be within the tolerance of
 the type it was saved in. Otherwise nothing is kept.
 
-An adapter that was trained on quantized weights (QLoRA) is merged into those of full precision. The answers that it gives
-there are measured on the quantized weights too; run.json has the difference.
+An adapter that was trained on quantized weights (QLoRA) is merged into those of full precision. The answers that it
+gives there are measured on the quantized weights too; run.json has the difference.
 """
 
 import argparse
