@@ -45,12 +45,17 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
 # A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
-# there is a NAME-full.yaml beside NAME.yaml, it is the one of the training without LoRA.
-recipe_file := $(if $(RECIPE),$(if $(filter %.yaml,$(RECIPE)),$(RECIPE),env/recipes/$(RECIPE).yaml))
+# there is a MODEL-NAME.yaml for this base model, it is taken for NAME; where there is a NAME-full.yaml beside NAME.yaml,
+# it is the one of the training without LoRA.
+recipe_file := $(if $(RECIPE),$(if $(filter %.yaml,$(RECIPE)),$(RECIPE),$(or \
+	$(wildcard env/recipes/$(BASE_MODEL)-$(RECIPE).yaml),env/recipes/$(RECIPE).yaml)))
 ifneq ($(recipe_file),$(wildcard $(recipe_file)))
 $(error there is no $(recipe_file). Type RECIPE= with one of: $(patsubst env/recipes/%.yaml,%,$(wildcard env/recipes/*.yaml)), a .yaml file, or nothing)
 endif
 recipe_full := $(or $(wildcard $(recipe_file:.yaml=-full.yaml)),$(recipe_file))
+ifneq ($(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell grep -E '^load_in_[48]bit: *true' $(recipe_full))),)
+$(error $(recipe_full) quantizes the weights, and train-full trains them. Type: make train-lora RECIPE=$(RECIPE), or take another RECIPE)
+endif
 ready := $(VENV)/installed $(OUT)/check/report.json
 
 # The step and the folder in OUT that FROM names.

@@ -97,6 +97,10 @@ def main() -> None:
     lora = set() if args.full else {"lora_target_modules", "lora_r", "lora_alpha", "lora_dropout"}
     if lacking := {"learning_rate", "max_grad_norm", *lora} - set(recipe):
         sys.exit(f"error: {args.recipe} does not set {', '.join(sorted(lacking))}. Give a recipe that does.")
+    if recipe.get("load_in_4bit"):
+        sys.exit(
+            f"error: {args.recipe} is for 4-bit weights, which the bare loop does not have. Type: make bench RECIPE="
+        )
     rows = tokenized_rows(args.model, args.data / "train.jsonl")
     if args.full:
         recipe.pop("lora_r", None)

@@ -49,9 +49,10 @@ if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 # Fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -168,6 +169,24 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
     return rows
 
 
+def has_bf16() -> bool:
+    """Whether the hardware computes in bfloat16 itself: where it is emulated, float32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+
+
+def choose_quantization(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the base weights are quantized; None: not at all. 4-bit weights are computed with in --dtype, or faster."""
+    quantization = get_quantization_config(model_args)
+    if model_args.load_in_4bit:
+        if model_args.dtype == "float32" and has_bf16():
+            quantization.bnb_4bit_compute_dtype = torch.bfloat16
+        print(f"4-bit weights, computed with in {quantization.bnb_4bit_compute_dtype}".replace("torch.", ""))
+    return quantization
+
+
 def describe_model(name: str, model) -> dict:
     """Origin of the weights: as 01_download.py noted it, or hub id and commit, or sha256 of the safetensors files."""
     note = Path(name, "run.json")
@@ -179,6 +198,11 @@ def describe_model(name: str, model) -> dict:
     for file in sorted(Path(name).glob("*.safetensors")):
         digest.update(np.memmap(file, mode="r"))
     return {"name": name, "sha256": digest.hexdigest()}
+
+
+def count_bytes(model) -> int:
+    """Bytes that the weights take, quantized ones with their scales; what two layers share counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 @torch.inference_mode()
@@ -254,15 +278,20 @@ def main() -> None:
     hub = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        quantization = choose_quantization(model_args)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
-            quantization_config=get_quantization_config(model_args), **hub,
+            quantization_config=quantization, **hub,
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, and no gradient passes through them then.
+            layer.support_avx512bf16_for_cpu = False
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    base = describe_model(name, model)
+    base, weights_bytes = describe_model(name, model), count_bytes(model)
 
     # Train the adapter: the trainer puts the LoRA layers into the model
     (output_dir / "run.json").unlink(missing_ok=True)
@@ -279,6 +308,9 @@ def main() -> None:
         )
     except ValueError as error:
         fail(" ".join(str(error).split()))
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes an adapter of 4-bit weights bfloat16, which rounds small updates away
+            parameter.data = parameter.data.float()
     if held_out and len(trainer.eval_dataset) == 0:
         fail(
             f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."
@@ -289,7 +321,7 @@ def main() -> None:
     trainer.model.print_trainable_parameters()
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
-    metrics["peak_memory_bytes"] = peak_memory()
+    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
     if predicted:
         metrics["predicted_memory_bytes"] = predicted["predictions"][0]["bytes"]["peak"]
 
@@ -334,6 +366,7 @@ def main() -> None:
             "eos_token": training_args.eos_token,
         },
         **describe_machine(),
+        "quantization": quantization and quantization.to_dict(),
         "parameters": {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total},
         "metrics": metrics,
         "history": trainer.state.log_history,

@@ -51,7 +51,7 @@ import torch
 from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 # Fine-tuning parameters: the tutorial's. Options and --config change them.
 PARAMETERS = dict(
@@ -177,6 +177,11 @@ def describe_model(name: str, model) -> dict:
     return {"name": name, "sha256": digest.hexdigest()}
 
 
+def count_bytes(model) -> int:
+    """Bytes that the weights take, quantized ones with their scales; what two layers share counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
 @torch.inference_mode()
 def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[float, int]:
     """Mean cross-entropy in nats over all labelled tokens of tokenized rows, and their number."""
@@ -237,6 +242,8 @@ def main() -> None:
     training_args.include_num_input_tokens_seen = "non_padding"
     if model_args.use_peft:
         fail("--use_peft trains an adapter: that is 02_train_lora.py. Leave it out to train all parameters.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        fail("quantized weights cannot be trained, only an adapter on them: that is 02_train_lora.py, make train-lora")
     if model_args.dtype != "float32":
         fail(
             f"--dtype {model_args.dtype} would lose the updates: they are smaller than its rounding of most weights. "
@@ -263,8 +270,7 @@ def main() -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
-            quantization_config=get_quantization_config(model_args), **hub,
+            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, **hub,
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
@@ -274,7 +280,7 @@ def main() -> None:
         model.generation_config.validate(strict=True)
     except ValueError:  # temperature without do_sample, as some copies of Llama-2 have it: that could not be saved
         model.generation_config.do_sample = True
-    base = describe_model(name, model)
+    base, weights_bytes = describe_model(name, model), count_bytes(model)
 
     # Train all parameters: the base model is fresh, nothing in it is frozen or added
     (output_dir / "run.json").unlink(missing_ok=True)
@@ -301,7 +307,7 @@ def main() -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
-    metrics["peak_memory_bytes"] = peak_memory()
+    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
     if predicted:
         metrics["predicted_memory_bytes"] = predicted["predictions"][0]["bytes"]["peak"]
 

@@ -6,6 +6,7 @@
 #     "transformers==5.20.2; python_version < '3.11'",
 #     "peft==0.21.2",
 #     "accelerate==1.15.0",
+#     "bitsandbytes==0.50.2",
 #     "python-dotenv==1.2.4",
 # ]
 # ///
@@ -19,6 +20,9 @@ Writes  merged/model/ (weights, config, tokenizer) and, when all is done, merged
 The merge is done in float32, and checked against the adapter on its base: on the greedy answers to --prompts, which
 must come out the same, and on their logits. What was saved is read back, and its logits must be within the tolerance of
 the type it was saved in. Otherwise nothing is kept.
+
+An adapter that was trained on quantized weights (QLoRA) is merged into those of full precision. The answers that it
+gives there are measured on the quantized weights too; run.json has the difference.
 """
 
 import argparse
@@ -42,7 +46,7 @@ if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")  # noted in run.json
 PROMPTS = ["What is a large language model?", "What is LoRA?", "Name three colors.", "Write one line of Python."]
@@ -152,6 +156,41 @@ def check(what: str, expected: torch.Tensor, found: torch.Tensor, dtype: str) ->
     return {"largest_difference": difference, "tolerance": TOLERANCE[dtype], "tokens": tokens, "same_tokens": same}
 
 
+def compare_with_quantized(name: str, base: str, revision: str | None, training: dict, rows: list, logits) -> dict:
+    """The adapter on the quantized weights that it was trained on, against logits, the same on those of full precision:
+    tokens of the answers that both choose, mean loss on them (nats per token), mean difference of log-probabilities.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit  # only adapters of quantized weights need it
+
+        quantization = BitsAndBytesConfig(**training["quantization"])
+        dtype = training["arguments"]["dtype"]
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", quantization_config=quantization
+        )
+        model = PeftModel.from_pretrained(model, name).eval()
+    except Exception as error:  # no package, or one without a library for this machine
+        fail(f"cannot quantize {base!r} as for the training: {' '.join(str(error).split())[:300]} See make check-gpu.")
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # it would compute in bfloat16 whatever the training did
+    chosen = torch.cat([row[start:] for row, start in rows])[:, None]
+    quantized, full = (each.log_softmax(-1) for each in (compute_logits(model, rows), logits))
+    found = {
+        "tokens": len(chosen),
+        "same_tokens": (quantized.argmax(-1) == full.argmax(-1)).sum().item(),
+        "loss_quantized": -quantized.gather(1, chosen).mean().item(),
+        "loss_full_precision": -full.gather(1, chosen).mean().item(),
+        "mean_difference": (quantized - full).gather(1, chosen).abs().mean().item(),
+    }
+    print(
+        f"on the quantized weights: {found['same_tokens']} of {len(chosen)} tokens of these answers are chosen again; "
+        f"their loss is {found['loss_quantized']:.4f} instead of {found['loss_full_precision']:.4f}, "
+        f"their log-probabilities differ by {found['mean_difference']:.4f} in the mean"
+    )
+    return found
+
+
 def describe_machine() -> dict:
     """Versions of the packages, the accelerator, and the git commit of the folder of this script where it has one."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -199,13 +238,16 @@ def main() -> None:
         )
     note = folder.parent / "run.json"
     training = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if training.get("arguments", {}).get("load_in_4bit"):
-        print("The adapter was trained on 4-bit weights; on those of full precision it may answer differently.")
+    if training.get("quantization"):
+        print("The adapter was trained on quantized weights. It is merged into those of full precision.")
 
     # What the adapter answers on its base model
     model, tokenizer = load_model(name, args.base_model, "float32")
     rows = answer_prompts(model, tokenizer, args.prompts, args.max_new_tokens)
     expected = compute_logits(model, rows)
+    quantized = None
+    if training.get("quantization"):
+        quantized = compare_with_quantized(name, base, revision, training, rows, expected)
 
     # Merge in float32; save in the type asked for, beside what is there, and read it back
     (output_dir / "run.json").unlink(missing_ok=True)
@@ -235,6 +277,7 @@ def main() -> None:
         "arguments": asdict(args),
         **describe_machine(),
         "check": checked,
+        "quantized_base": quantized,
         "metrics": {"size_bytes": sum(file.stat().st_size for file in Path(output_dir, "model").iterdir())},
     }
     write_json(output_dir / "run.json", run)

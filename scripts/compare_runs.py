@@ -45,6 +45,7 @@ ROWS = {
     "runtime": "{:.1f} s",
     "samples/s": "{:.3f}",
     "real tokens/s": "{:.1f}",
+    "memory of the weights": "{:.2f} GiB",
     "peak memory": "{:.2f} GiB",
     "mean training loss": "{:.4f}",
     "last training loss": "{:.4f}",
@@ -93,6 +94,7 @@ def summarize(run: dict) -> dict:
         "runtime": metrics["train_runtime"],
         "samples/s": metrics["train_samples_per_second"],
         "real tokens/s": metrics["tokens_per_second"],
+        "memory of the weights": metrics["weights_bytes"] / 2**30 if "weights_bytes" in metrics else None,
         "peak memory": metrics["peak_memory_bytes"] / 2**30,
         "mean training loss": metrics["train_loss"],
         "last training loss": losses[-1] if losses else None,  # of the last --logging_steps

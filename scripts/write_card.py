@@ -96,6 +96,10 @@ def list_figures(run: dict) -> dict[str, str]:
         targets = arguments["lora_target_modules"]
         layers = ", ".join(targets) if isinstance(targets, list) else targets or "PEFT's choice for the architecture"
         figures["LoRA"] = f"r={arguments['lora_r']}, alpha={arguments['lora_alpha']}, layers: {layers}"
+    if quantization := run.get("quantization"):
+        bits = f"4 bits, {quantization['bnb_4bit_quant_type']}" if quantization["load_in_4bit"] else "8 bits"
+        double = ", double quantization" if quantization["bnb_4bit_use_double_quant"] else ""
+        figures["weights of the base model in training"] = f"quantized: {bits}{double} (QLoRA)"
     if "eval_loss" in metrics:
         figures["held-out loss"] = f"{metrics['eval_loss']:.4f} (nats per token, {metrics['eval_tokens']} tokens)"
     return figures
@@ -132,6 +136,8 @@ def main() -> None:
             f"in float32, saved as {run['arguments']['dtype']}; the logits differ from the adapter's by at most "
             f"{check['largest_difference']:.1g} of their spread"
         )
+        if run.get("quantized_base"):
+            figures["merge"] += "; merged into the weights of full precision, not into the quantized ones"
     loading = LOADING[folder.name].format(
         base=base["name"] if on_hub else "BASE",
         revision=f', revision="{base["revision"]}"' if on_hub else "",

@@ -313,6 +313,7 @@ def test_a_run_is_held_against_the_curve_on_record(runs, tmp_path):
     ("name", "script", "recipe"),
     [
         ("embedded-lora", "02_train_lora.py", "embedded"),
+        ("embedded-qlora", "02_train_lora.py", "embedded-qlora"),
         ("embedded-full", "03_train_full.py", "embedded-full"),
     ],
 )

@@ -206,6 +206,14 @@ def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
     assert project.steps() == FULL and "--config mine.yaml" in project.commands()[1]
 
 
+@pytest.mark.parametrize(
+    ("model", "recipe"), [("embedded", "embedded-qlora"), ("org/name", "qlora"), ("../org/*", "qlora")]
+)
+def test_a_recipe_of_this_base_model_goes_before_that_of_any(project, model, recipe):
+    assert project.make("train-lora", f"BASE_MODEL={model}", "RECIPE=qlora").returncode == 0
+    assert f"--config env/recipes/{recipe}.yaml " in project.commands()[-3]
+
+
 def test_held_out_rows_are_measured_where_there_are_any(trained):
     assert trained.make("train-lora", "ARGS=--seed 1").returncode == 0
     assert "--dataset_test_split validation" in trained.commands()[1]
@@ -366,6 +374,8 @@ def test_env_example_is_the_tutorial_without_a_recipe(project):
     [
         (["infer", "FROM=nowhere"], "FROM=nowhere is unknown"),
         (["train-lora", "RECIPE=nowhere"], "there is no env/recipes/nowhere.yaml"),
+        (["train-full", "RECIPE=qlora"], "env/recipes/embedded-qlora.yaml quantizes the weights"),
+        (["tutorial", "RECIPE=qlora", "BASE_MODEL=org/name"], "Type: make train-lora RECIPE=qlora, or"),
         (["help", "OUT=a b"], "without spaces"),
         (["help", "MAKE_VERSION=3.81"], "GNU Make 3.81 is too old"),
         (["setup", "BACKEND=tpu"], "BACKEND=tpu is unknown"),
