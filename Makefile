@@ -36,10 +36,12 @@ $(eval $(call setting,REPO,))
 $(eval $(call setting,BACKEND,auto))
 $(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
+build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
+$(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
-export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO
+export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -96,7 +98,7 @@ endif
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu download audit train-lora train-full compare merge infer chat pipeline tutorial evaluate \
+.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial evaluate \
 	verify verify-tutorial push test bench lint clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
@@ -114,6 +116,9 @@ setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|r
 check-gpu: | $(VENV)/installed ## check the accelerators and the packages
 	$(PY) scripts/00_check_gpu.py --output $(OUT)/check/report.json $(ARGS) ||
 		{ mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
+
+bitsandbytes: | $(VENV)/installed ## build bitsandbytes from source where the installed one does not work (FORCE=1: anyway)
+	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
