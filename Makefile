@@ -98,8 +98,8 @@ endif
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial evaluate \
-	verify verify-tutorial push test bench lint clean distclean FORCE
+.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial \
+	evaluate verify verify-tutorial push test bench lint clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -109,6 +109,7 @@ help: ## this list
 	echo "Variables, on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
 	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  for bitsandbytes: $(build_settings)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm)
 	@echo "$(VENV) is up to date"
