@@ -36,11 +36,12 @@ $(eval $(call setting,REPO,))
 $(eval $(call setting,BACKEND,auto))
 $(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
-$(eval $(call setting,FORCE,))
+build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
+$(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
-export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO
+export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -102,8 +103,8 @@ endif
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu download audit train-lora train-full compare merge infer chat pipeline tutorial evaluate \
-	verify verify-tutorial push test bench lint clean distclean FORCE
+.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial \
+	evaluate verify verify-tutorial push test bench lint clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -113,6 +114,7 @@ help: ## this list
 	echo "Variables, on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
 	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  for bitsandbytes: $(build_settings)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm)
 	@echo "$(VENV) is up to date"
@@ -120,6 +122,9 @@ setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|r
 check-gpu: | $(VENV)/installed ## check the accelerators and the packages
 	$(call check,$(OUT)/check/report.json) $(if $(filter embedded,$(BASE_MODEL))$(wildcard $(BASE_MODEL)),,--access "$$BASE_MODEL") \
 		$(ARGS) || [ $$? = 2 ] || { mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
+
+bitsandbytes: | $(VENV)/installed ## build bitsandbytes from source where the installed one does not work (FORCE=1: anyway)
+	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
