@@ -26,9 +26,11 @@ case "$*" in
 esac
 """
 VARIABLES = "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+# The audit of the data, and the prediction of the memory.
+AUDIT = ["audit_tokens", "00_check_gpu"]
 LORA = ["02_train_lora", "plot_loss", "write_card"]
-TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", *LORA]
-FULL = ["audit_tokens", "03_train_full", "plot_loss", "write_card"]
+TRAINING = ["00_check_gpu", "01_download", "01_download", *AUDIT, *LORA]
+FULL = [*AUDIT, "03_train_full", "plot_loss", "write_card"]
 REST = ["compare_runs", "plot_loss", "04_merge_adapter", "write_card", *["05_generate"] * 4, "06_pipeline_infer"]
 
 
@@ -102,8 +104,8 @@ def test_no_target_prints_the_targets(project):
     [
         ("scripts/02_train_lora.py", LORA),
         ("scripts/plot_loss.py", ["plot_loss"]),
-        ("env/recipes/embedded.yaml", ["audit_tokens", *LORA]),
-        ("data/train.jsonl", ["01_download", "audit_tokens", *LORA]),
+        ("env/recipes/embedded.yaml", [*AUDIT, *LORA]),
+        ("data/train.jsonl", ["01_download", *AUDIT, *LORA]),
         (".venv/installed", []),
         ("README.md", []),
     ],
@@ -118,27 +120,28 @@ def test_a_changed_file_runs_what_depends_on_it(trained, changed, again):
 
 def test_other_arguments_train_again_and_stay_with_their_step(trained):
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
-    assert trained.steps() == ["audit_tokens", *LORA]
+    assert trained.steps() == [*AUDIT, *LORA]
     assert "--max_steps 5 --run_name a b --output" in trained.commands()[0]
-    assert trained.commands()[1].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
+    assert trained.commands()[1].endswith("-- --config env/recipes/embedded.yaml --max_steps 5 --run_name a b")
+    assert trained.commands()[2].endswith("--output_dir outputs/lora --max_steps 5 --run_name a b")
     trained.make("infer", "ARGS=--max_new_tokens 3")
     assert trained.steps() == ["05_generate"]
     assert "--max_new_tokens 3" in trained.commands()[0]
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
     assert trained.steps() == []
     trained.make("train-lora")
-    assert trained.steps() == ["audit_tokens", *LORA]
+    assert trained.steps() == [*AUDIT, *LORA]
 
 
 def test_other_data_or_recipe_runs_the_chain_from_there(trained):
     trained.make("train-lora", "DATASET=other.jsonl")
-    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
+    assert trained.steps() == ["01_download", *AUDIT, *LORA]
     assert "--dataset_name=other.jsonl" in trained.commands()[0]
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9")
-    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
+    assert trained.steps() == ["01_download", *AUDIT, *LORA]
     assert "--validation_rows=9" in trained.commands()[0]
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
-    assert trained.steps() == ["audit_tokens", *LORA]
+    assert trained.steps() == [*AUDIT, *LORA]
     assert "--config" not in " ".join(trained.commands())
 
 
@@ -184,9 +187,9 @@ def test_steps_of_the_tutorial_never_run_at_once(project):
 def test_arguments_of_the_tutorial_go_to_both_trainings(project):
     project.make("tutorial", "ARGS=--max_steps 5")
     assert [Path(c.split()[0]).stem for c in project.commands() if "--max_steps 5" in c] == [
-        "audit_tokens",
+        *AUDIT,
         "02_train_lora",
-        "audit_tokens",
+        *AUDIT,
         "03_train_full",
     ]
     project.make("train-full")
@@ -203,7 +206,7 @@ def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
     )
     (project.folder / "mine.yaml").touch()
     project.make("train-full", "RECIPE=mine.yaml")
-    assert project.steps() == FULL and "--config mine.yaml" in project.commands()[1]
+    assert project.steps() == FULL and "--config mine.yaml" in project.commands()[2]
 
 
 @pytest.mark.parametrize(
@@ -216,10 +219,10 @@ def test_a_recipe_of_this_base_model_goes_before_that_of_any(project, model, rec
 
 def test_held_out_rows_are_measured_where_there_are_any(trained):
     assert trained.make("train-lora", "ARGS=--seed 1").returncode == 0
-    assert "--dataset_test_split validation" in trained.commands()[1]
+    assert "--dataset_test_split validation" in trained.commands()[2]
     (trained.folder / "outputs/dataset/validation.jsonl").unlink()
     trained.make("train-lora")
-    assert "--dataset_test_split" not in trained.commands()[1]
+    assert "--dataset_test_split" not in trained.commands()[2]
 
 
 def test_a_full_model_is_asked_but_not_trained_on_the_way(trained):
@@ -295,17 +298,11 @@ def test_a_changed_model_folder_is_fetched_again_and_evaluated_again(trained):
     model.mkdir()
     (model / "model.safetensors").touch()
     trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
-    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
+    assert trained.steps() == ["01_download", *AUDIT, *LORA]
     future = time.time() + 2
     os.utime(model / "model.safetensors", (future, future))
     trained.make("train-lora", "BASE_MODEL=model", "RECIPE=embedded")
-    assert trained.steps() == ["01_download", "audit_tokens", *LORA]
-
-
-def test_an_accelerator_is_required_where_torch_is_built_for_one(project):
-    (project.folder / ".venv/backend").write_text("rocm\n")
-    project.make("download")
-    assert "--require gpu" in project.commands()[0]
+    assert trained.steps() == ["01_download", *AUDIT, *LORA]
 
 
 def test_a_failed_check_is_not_taken_for_done(project):
@@ -315,6 +312,35 @@ def test_a_failed_check_is_not_taken_for_done(project):
     assert [file.name for file in (project.folder / "outputs/check").iterdir()] == ["not-ready.json"]
     assert project.make("download").returncode == 2
     assert project.steps() == ["00_check_gpu"]
+
+
+def test_a_check_with_warnings_is_enough(project):
+    python = project.folder / ".venv/bin/python"
+    python.write_text(STAND_IN + 'case "$*" in *check_gpu*--require*) exit 2 ;; esac\n')
+    assert project.make("check-gpu").returncode == 0
+    assert project.make("train-lora").returncode == 0
+    assert project.steps() == TRAINING[1:]
+
+
+@pytest.mark.parametrize(("backend", "require"), [("cpu", "cpu"), ("rocm", "gpu"), ("cuda", "gpu")])
+def test_the_check_requires_what_torch_is_built_for(backend, require, project):
+    (project.folder / ".venv/backend").write_text(f"{backend}\n")
+    project.make("check-gpu", "BASE_MODEL=user/model")
+    assert project.commands()[0].endswith(f"--require {require} --access user/model")
+    project.make("check-gpu")
+    assert project.commands()[0].endswith(f"--require {require}")
+
+
+def test_a_training_that_does_not_fit_is_begun_only_when_told_so(project):
+    python = project.folder / ".venv/bin/python"
+    refuse = 'case "$*" in *--force*) ;; *--method*) rm "$out"; exit 1 ;; esac\n'
+    python.write_text(STAND_IN + refuse)
+    assert project.make("train-full").returncode == 2
+    assert project.steps()[-1] == "00_check_gpu" and not (project.folder / "outputs/full").exists()
+    assert project.make("train-full", "FORCE=1").returncode == 0
+    assert project.steps() == FULL[1:]
+    assert "--memory_prediction outputs/check/memory-full.json" in project.commands()[1]
+    assert project.make("train-full").returncode == 0 and project.steps() == []
 
 
 def test_a_failed_step_is_run_again(project):
