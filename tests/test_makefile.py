@@ -25,7 +25,10 @@ case "$*" in
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
-VARIABLES = "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+VARIABLES = (
+    "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
+    "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+)
 LORA = ["02_train_lora", "plot_loss", "write_card"]
 TRAINING = ["00_check_gpu", "01_download", "01_download", "audit_tokens", *LORA]
 FULL = ["audit_tokens", "03_train_full", "plot_loss", "write_card"]
