@@ -34,6 +34,8 @@ $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,FROM,adapter))
 $(eval $(call setting,REPO,))
 $(eval $(call setting,BACKEND,auto))
+$(eval $(call setting,TORCH_INDEX,))
+$(eval $(call setting,TORCH_VERSION,))
 $(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
@@ -41,7 +43,7 @@ $(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
 endif
-export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO $(build_settings)
+export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -104,7 +106,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test bench lint clean distclean FORCE
+	evaluate verify verify-tutorial push test bench lint lock docker-run clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -113,10 +115,11 @@ help: ## this list
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables, on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
-	echo "  BACKEND=$(BACKEND) PYTHON=$(PYTHON) VENV=$(VENV) FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  BACKEND=$(BACKEND) TORCH_INDEX=$(TORCH_INDEX) TORCH_VERSION=$(TORCH_VERSION) PYTHON=$(PYTHON) VENV=$(VENV)"
+	echo "  FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
 	echo "  for bitsandbytes: $(build_settings)"
 
-setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm)
+setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm|preinstalled)
 	@echo "$(VENV) is up to date"
 
 check-gpu: | $(VENV)/installed ## check the accelerators and the packages
@@ -179,6 +182,12 @@ bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare th
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
+lock: ## pin the packages anew for each backend, after a change of env/requirements*.txt
+	@env/lock.sh
+
+docker-run: ## print how to build and to run the Docker image for ROCm
+	@env/docker_run.sh
+
 clean: ## remove what the steps left in OUT
 	@rm -rf $(addprefix $(OUT)/,.args check answers base-model base-model.tmp dataset dataset.tmp full lora merged report)
 
@@ -191,7 +200,7 @@ distclean: clean ## remove the Python environment too
 # then. ARGS belongs to the step that is asked for, of the tutorial to both trainings; a step that is made on the way
 # keeps the ARGS it was made with.
 args = $(if $(filter $(1) $(if $(filter train-%,$(1)),tutorial),$(MAKECMDGOALS)),$(ARGS),$(file <$(OUT)/.args/$(1)))
-$(VENV).settings: export TEXT = $(PYTHON) $(BACKEND)
+$(VENV).settings: export TEXT = $(strip $(PYTHON) $(BACKEND) $(TORCH_INDEX) $(TORCH_VERSION))
 $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
 $(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
 $(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
@@ -205,42 +214,13 @@ $(OUT)/.args/%: FORCE
 	$(keep_text)
 
 # Environment ----------------------------------------------------------------------------------------------------------
-$(VENV)/installed: env/requirements.txt env/requirements-torch.txt $(VENV).settings
-	@python="$(PYTHON)"
-	command -v "$$python" > /dev/null || {
-		echo "error: no $$python. Type: apt install python3 python3-venv, or name a Python: make PYTHON=/path/to/python3" >&2; exit 1; }
-	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-		echo "error: $$("$$python" --version) is too old, 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
-	"$$python" -c 'import venv, ensurepip' 2> /dev/null || {
-		echo "error: $$python has no venv module. Type: apt install python3-venv" >&2; exit 1; }
-	if [ -e $(VENV) ] && [ ! -e $(VENV)/backend ]; then
-		echo "error: VENV=$(VENV) is there and was not made by this Makefile. Remove it, or name another: make VENV=.venv-2" >&2; exit 1; fi
-	backend="$(BACKEND)"
-	if [ "$$backend" = auto ]; then
-		if [ -e /dev/kfd ] && command -v amd-smi rocminfo > /dev/null; then backend=rocm
-		elif nvidia-smi -L > /dev/null 2>&1; then backend=cuda
-		else backend=cpu; fi
-		echo "Found: $$backend (another: make setup BACKEND=cpu|cuda|rocm)"
-	fi
-	more=""
-	case "$$backend" in
-		cpu) index="--extra-index-url https://download.pytorch.org/whl/cpu" ;;
-		cuda) index="" ;;
-		rocm) index="--index-url https://download.pytorch.org/whl/rocm7.2" more="--extra-$${index#--}" ;;
-		*) echo "error: BACKEND=$$backend is unknown. Type: make setup BACKEND=auto, cpu, cuda or rocm" >&2; exit 1 ;;
-	esac
-	set -x
-	rm -rf $(VENV)
-	mkdir -p $(VENV)
-	echo "$$backend" > $(VENV)/backend # first, so that an interrupted setup is known as ours
-	"$$python" -m venv $(VENV)
-	$(PY) -m pip install --no-deps -r env/requirements-torch.txt $$index
-	$(PY) -m pip install -r env/requirements.txt $$more
-	{ set +x; } 2> /dev/null
-	touch $@
+# make -n calls the script too, which then only prints its commands.
+dry_run = $(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),--dry-run)
+$(VENV)/installed: env/setup.sh $(wildcard env/locks/*.txt) $(VENV).settings
+	+@env/setup.sh $(dry_run)
 
-$(VENV)/tested: env/requirements-test.txt $(VENV)/installed
-	$(PY) -m pip install -r env/requirements-test.txt
+$(VENV)/tested: $(VENV)/installed
+	$(PY) -m pip install --no-deps -r env/locks/test.txt
 	touch $@
 
 # Exit status 2 of the check: ready, with warnings.

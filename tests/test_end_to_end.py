@@ -16,7 +16,7 @@ def make(tmp_path_factory):
     environment = Path(sys.prefix)
     if not (environment / "installed").exists():
         pytest.skip(f"{environment} was not made by make setup")
-    python, backend = environment.with_name(environment.name + ".settings").read_text().split()
+    python, backend, *_ = environment.with_name(environment.name + ".settings").read_text().split()
 
     def run_make(target, *variables):
         command = ["make", target, f"OUT={output}", f"VENV={sys.prefix}", "BASE_MODEL=embedded", "DATASET=data"]

@@ -25,7 +25,10 @@ case "$*" in
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
-VARIABLES = "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND PYTHON VENV MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+VARIABLES = (
+    "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
+    "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+)
 # The audit of the data, and the prediction of the memory.
 AUDIT = ["audit_tokens", "00_check_gpu"]
 LORA = ["02_train_lora", "plot_loss", "write_card"]
