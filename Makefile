@@ -224,7 +224,7 @@ $(VENV)/tested: $(VENV)/installed
 	touch $@
 
 # Exit status 2 of the check: ready, with warnings.
-check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed -e 's/cuda\|rocm/gpu/' -e 's/preinstalled/auto/' $(VENV)/backend)"
+check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed 's/cuda\|rocm/gpu/' $(VENV)/backend)"
 $(OUT)/check/report.json: scripts/00_check_gpu.py | $(VENV)/installed
 	$(call check,$@) || [ $$? = 2 ]
 
