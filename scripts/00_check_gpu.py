@@ -123,7 +123,7 @@ def probe_bitsandbytes() -> dict:
     return {"library": name, "built_for": version, "torch_for": wanted}
 
 
-def compare(found, expected, bound: float) -> dict:
+def within_bound(found, expected, bound: float) -> dict:
     """The largest difference, as a share of the spread (standard deviation) of what was expected."""
     difference = ((found.double().cpu() - expected).abs().max() / expected.std()).item()
     if not difference <= bound:  # NaN too
@@ -145,12 +145,12 @@ def device() -> str:
 
 def probe_matmul_fp32() -> dict:
     a, b = random(256, 512), random(512, 256)
-    return compare(a.float().to(device()) @ b.float().to(device()), a @ b, 1e-3)
+    return within_bound(a.float().to(device()) @ b.float().to(device()), a @ b, 1e-3)
 
 
 def probe_matmul_bf16() -> dict:
     a, b = random(256, 512), random(512, 256)
-    return compare(a.bfloat16().to(device()) @ b.bfloat16().to(device()), a @ b, 0.05)
+    return within_bound(a.bfloat16().to(device()) @ b.bfloat16().to(device()), a @ b, 0.05)
 
 
 def probe_backward() -> dict:
@@ -161,7 +161,7 @@ def probe_backward() -> dict:
         (rows @ weight.T).tanh().square().sum().backward()
         return weight.grad
 
-    return compare(gradient(weight.float().to(device()), rows.float().to(device())), gradient(weight, rows), 1e-3)
+    return within_bound(gradient(weight.float().to(device()), rows.float().to(device())), gradient(weight, rows), 1e-3)
 
 
 def probe_attention() -> dict:
@@ -172,7 +172,7 @@ def probe_attention() -> dict:
     scores = (query @ key.mT / 8).masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf"))
     inputs = [tensor.float().to(device()) for tensor in (query, key, value)]
     found = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-    return compare(found, scores.softmax(-1) @ value, 1e-3)
+    return within_bound(found, scores.softmax(-1) @ value, 1e-3)
 
 
 def probe_optimizer() -> dict:
@@ -184,7 +184,7 @@ def probe_optimizer() -> dict:
     weight = torch.nn.Parameter(start.float().to(device()))
     weight.grad = gradient.float().to(device())
     bitsandbytes.optim.PagedAdamW32bit([weight], lr=0.01, weight_decay=0.0).step()
-    return compare(weight.detach(), start - 0.01 * gradient / (gradient.abs() + 1e-8), 1e-3)
+    return within_bound(weight.detach(), start - 0.01 * gradient / (gradient.abs() + 1e-8), 1e-3)
 
 
 def probe_quantize() -> dict:
@@ -193,7 +193,9 @@ def probe_quantize() -> dict:
 
     weight = random(256, 256)
     quantized, state = quantize_4bit(weight.float().to(device()), quant_type="nf4", compress_statistics=True)
-    return compare(dequantize_4bit(quantized, state), weight, 0.16 * weight.abs().max().item() / weight.std().item())
+    return within_bound(
+        dequantize_4bit(quantized, state), weight, 0.16 * weight.abs().max().item() / weight.std().item()
+    )
 
 
 def probe_decode_4bit() -> dict:
@@ -207,7 +209,7 @@ def probe_decode_4bit() -> dict:
     quantized, state = quantize_4bit(weight.to(device(), dtype), quant_type="nf4")
     expected = token @ dequantize_4bit(quantized, state).double().cpu().T
     with torch.no_grad():
-        return compare(matmul_4bit(token.to(device(), dtype), quantized.t(), quant_state=state), expected, 0.05)
+        return within_bound(matmul_4bit(token.to(device(), dtype), quantized.t(), quant_state=state), expected, 0.05)
 
 
 def probe_hub(model: str = "") -> dict:
@@ -549,7 +551,7 @@ def examine(args: argparse.Namespace) -> int:
 
 
 # What fits ------------------------------------------------------------------------------------------------------------
-def count_parameters(config: dict, targets: list[str], rank: int) -> dict:
+def count_weights(config: dict, targets: list[str], rank: int) -> dict:
     """Parameters of a Llama-like decoder (Llama, Mistral, Qwen2, Qwen3, ...) and of a LoRA adapter of it."""
     hidden, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     heads, inner = config["num_attention_heads"], config["intermediate_size"]
@@ -605,7 +607,7 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
     Peak = weights + optimizer + overhead + the greater of gradients, and activations + logits: a gradient comes as the
     activations go. What an adapter adds to the gradients is small.
     """
-    counts = count_parameters(config, settings["lora_target_modules"], settings["lora_r"])
+    counts = count_weights(config, settings["lora_target_modules"], settings["lora_r"])
     lora, autocast, four_bit = method == "lora", settings["bf16"], settings["load_in_4bit"]
     short = settings["dtype"] in ("bfloat16", "float16")
     b = 2 if short or autocast else 4
@@ -734,7 +736,7 @@ def what_fits(args: argparse.Namespace) -> int:
                 same = {**settings, "per_device_train_batch_size": batch}
                 rows += [(label, method, same, tokens) for tokens in args.length]
 
-    print(f"{args.model}: {count_parameters(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
+    print(f"{args.model}: {count_weights(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead", "peak")
     print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
     report = []

@@ -17,7 +17,8 @@ SCRIPT_IDS = [script.name for script in SCRIPTS]
 PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
 # numpy comes with the packages that are pinned; 00_check_gpu.py probes what it imports.
 FREE = {"numpy"}
-DEVICE_SCRIPTS = [script.name for script in SCRIPTS if "CUDA_VISIBLE_DEVICES" in script.read_text(encoding="utf-8")]
+CHOICE = 'os.environ["CUDA_VISIBLE_DEVICES"] = "0"'
+DEVICE_SCRIPTS = [script.name for script in SCRIPTS if CHOICE in script.read_text(encoding="utf-8")]
 
 
 def pins() -> set[str]:
@@ -66,18 +67,6 @@ def test_runs_alone_and_says_what_to_type(script, tmp_path):
     result = run(tmp_path / script.name, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"python {script.name} " in result.stdout
-
-
-def test_check_gpu_runs_where_nothing_is_installed(tmp_path):
-    import subprocess
-
-    shutil.copy(ROOT / "scripts" / "00_check_gpu.py", tmp_path)
-    command = [sys.executable, "-S", "-E", "00_check_gpu.py", "--output", "report.json"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "MISSING" in result.stdout and "pip install torch transformers" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert (tmp_path / "report.json").is_file()
 
 
 def test_the_audit_assumes_what_the_training_sets():

@@ -31,7 +31,7 @@ def settings(**others) -> dict:
     ],
 )
 def test_parameters_are_those_of_the_model(config, expected):
-    counts = script.count_parameters(config.to_dict(), QUERY_VALUE, 64)
+    counts = script.count_weights(config.to_dict(), QUERY_VALUE, 64)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         adapter, _ = get_peft_model(model, LoraConfig(r=64, task_type="CAUSAL_LM")).get_nb_trainable_parameters()
@@ -91,7 +91,7 @@ def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, t
     parts = script.predict_memory(config, method, options, length, "cpu")
     predicted = parts["activations"]
     if autocast:  # autograd keeps the bf16 copies of the weights too, which are predicted as weights
-        counts = script.count_parameters(config, targets, 8)
+        counts = script.count_weights(config, targets, 8)
         predicted += 2 * (counts["adapter"] if method == "lora" else 0)
         predicted += 2 * counts["quantizable"] if dtype == "float32" else 0
     assert predicted == pytest.approx(kept, rel=0.005)
