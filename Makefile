@@ -98,8 +98,8 @@ endif
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test bench lint clean distclean FORCE
+.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline \
+	tutorial evaluate verify verify-tutorial push test bench lint clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -118,7 +118,7 @@ check-gpu: | $(VENV)/installed ## check the accelerators and the packages
 	$(PY) scripts/00_check_gpu.py --output $(OUT)/check/report.json $(ARGS) ||
 		{ mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
 
-bitsandbytes: | $(VENV)/installed ## build bitsandbytes from source where the installed one does not work (FORCE=1: anyway)
+bitsandbytes: | $(VENV)/installed ## build bitsandbytes where the wheel does not work, or FORCE=1
 	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
