@@ -177,7 +177,6 @@ need make "apt install make"
 if [ "$backend" = cuda ]; then
     need nvcc "the CUDA toolkit, https://developer.nvidia.com/cuda-downloads"
 elif [ "$backend" = hip ]; then
-    # The names of the packages in the repository of ROCm 6 and 7; from 7.14 on amdrocm-core-sdk has all of them.
     need hipcc "apt install hipcc"
     need hipconfig "apt install hipcc"
     for header in hipblas/hipblas.h hiprand/hiprand.h hipblaslt/hipblaslt.h hipcub/hipcub.hpp rocblas/rocblas.h; do
@@ -187,6 +186,7 @@ fi
 if [ ${#missing[@]} != 0 ]; then
     echo "error: a build for $backend needs more than is here. Install it, then type: $again" >&2
     printf '  %s\n' "${missing[@]}" >&2
+    [ "$backend" != hip ] || echo "  The packages are those of ROCm 6 and 7; newer ROCm has all in amdrocm-core-sdk." >&2
     exit 1
 fi
 
