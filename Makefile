@@ -126,7 +126,7 @@ check-gpu: | $(VENV)/installed ## check the accelerators and the packages
 	$(call check,$(OUT)/check/report.json) $(if $(filter embedded,$(BASE_MODEL))$(wildcard $(BASE_MODEL)),,--access "$$BASE_MODEL") \
 		$(ARGS) || [ $$? = 2 ] || { mv $(OUT)/check/report.json $(OUT)/check/not-ready.json; exit 1; }
 
-bitsandbytes: | $(VENV)/installed ## build bitsandbytes from source where the installed one does not work (FORCE=1: anyway)
+bitsandbytes: | $(VENV)/installed ## build bitsandbytes where the wheel does not work, or FORCE=1
 	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set

@@ -81,15 +81,16 @@ def main():
 
     # A value lies at most half the widest gap of the 16 levels, which are relative to the largest of its block, away.
     torch.manual_seed(0)
-    weight = torch.randn(512, 256, device=device)
+    weight = torch.randn(512, 256).to(device)  # the same values on every machine
     levels = bnb.functional.get_4bit_type("nf4", device="cpu").sort().values
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     blocks, returned = (x.reshape(-1, 64) for x in (weight, bnb.functional.dequantize_4bit(packed, state)))
     error = ((returned - blocks).abs().amax(1) / blocks.abs().amax(1)).max().item()
-    check("nf4 quantize and dequantize, against the largest value of a block", error, levels.diff().max().item() / 2 + 1e-4)
+    bound = levels.diff().max().item() / 2 + 1e-4
+    check("nf4 quantize and dequantize, against the largest value of a block", error, bound)
 
     # One token through a layer as QLoRA has it. The results are rounded to bf16: 8 bits, a few roundings.
-    layer = bnb.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+    layer = bnb.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.load_state_dict({"weight": weight.cpu()})
     layer = layer.to(device)
     token = torch.randn(1, 1, 256, device=device, dtype=torch.bfloat16)
@@ -100,11 +101,12 @@ def main():
     if not any("dequantize" in name for name in recorder.names):  # else plain PyTorch took over
         sys.exit("probe: the 4-bit functions did not use the native library")
 
-    # The state is paged from 100,000 values on. In the first step both moments are those of the gradient alone.
+    # The state is paged from 100,000 values on. In the first step both moments are those of the gradient alone. On an
+    # accelerator the weights decay after the step, not before: a difference of lr * lr * weight_decay, 1e-6.
     parameter = torch.nn.Parameter(weight.clone())
     gradient = parameter.grad = torch.randn_like(weight)
-    bnb.optim.PagedAdamW32bit([parameter], lr=0.01, weight_decay=0.1, eps=1e-8).step()
-    expected = weight * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-8)
+    bnb.optim.PagedAdamW32bit([parameter], lr=0.01, weight_decay=0.01, eps=1e-8).step()
+    expected = weight * (1 - 0.01 * 0.01) - 0.01 * gradient / (gradient.abs() + 1e-8)
     check("step of paged AdamW at learning rate 0.01", (parameter - expected).abs().max().item(), 1e-5)
     print(f"  native functions of the 4-bit checks: {', '.join(sorted(recorder.names))}")
 
@@ -124,7 +126,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # What torch is built for, whether it sees an accelerator, and the architectures of those of AMD.
-facts=$("$python" - << 'FACTS'
+facts=$("$python" - 2> "$work/reason" << 'FACTS'
 import torch
 
 built = "hip" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
@@ -132,7 +134,7 @@ visible = range(torch.cuda.device_count())
 archs = {torch.cuda.get_device_properties(i).gcnArchName.split(":")[0] for i in visible} if built == "hip" else {}
 print(built, "visible" if visible else "none", ";".join(sorted(archs)))
 FACTS
-) || fail "$python cannot import torch. Type: make setup, or install it as https://pytorch.org/get-started says"
+) || fail "$python: $(tail -n 1 "$work/reason"). Type: make setup, or install torch: https://pytorch.org/get-started"
 read -r built accelerator archs <<< "$facts"
 
 default=$built
@@ -146,11 +148,12 @@ esac
 [[ $arch =~ ^gfx[^,\ \;]+(\;gfx[^,\ \;]+)*$ ]] ||
     fail "BNB_ROCM_ARCH=$arch is no list of architectures. Type: BNB_ROCM_ARCH=\"gfx90a;gfx942\" $again"
 [ "$backend $accelerator" != "cpu visible" ] ||
-    fail "torch sees an accelerator, so bitsandbytes would not load a library for the CPU. Type: COMPUTE_BACKEND=$built $again"
+    fail "torch sees an accelerator: a library for the CPU would not be loaded. Type: COMPUTE_BACKEND=$built $again"
 
 missing=()
 if [ "$backend" != cpu ] && [ "$backend" != "$built" ]; then
-    missing+=("torch for $backend (found: for $built): make setup BACKEND=${backend/hip/rocm}, or https://pytorch.org/get-started")
+    torch="make setup BACKEND=${backend/hip/rocm}, or as https://pytorch.org/get-started says"
+    missing+=("torch for $backend (found: for $built): $torch")
 elif ! probe ""; then
     echo "The installed bitsandbytes did not pass the probe: building it from source."
 elif [ "${FORCE:-}" != 1 ]; then
@@ -174,7 +177,6 @@ need make "apt install make"
 if [ "$backend" = cuda ]; then
     need nvcc "the CUDA toolkit, https://developer.nvidia.com/cuda-downloads"
 elif [ "$backend" = hip ]; then
-    # The names of the packages in the repository of ROCm 6 and 7; from 7.14 on amdrocm-core-sdk has all of them.
     need hipcc "apt install hipcc"
     need hipconfig "apt install hipcc"
     for header in hipblas/hipblas.h hiprand/hiprand.h hipblaslt/hipblaslt.h hipcub/hipcub.hpp rocblas/rocblas.h; do
@@ -184,6 +186,7 @@ fi
 if [ ${#missing[@]} != 0 ]; then
     echo "error: a build for $backend needs more than is here. Install it, then type: $again" >&2
     printf '  %s\n' "${missing[@]}" >&2
+    [ "$backend" != hip ] || echo "  The packages are those of ROCm 6 and 7; newer ROCm has all in amdrocm-core-sdk." >&2
     exit 1
 fi
 
@@ -195,7 +198,8 @@ step() {
 # In a copy: upstream's CMake writes the library into the source. Libraries of earlier builds stay behind.
 if [ -e "$origin/bitsandbytes/__init__.py" ]; then
     mkdir "$work/source"
-    tar -C "$origin" --exclude=./.git --exclude=./build --exclude='libbitsandbytes*' -cf - . | tar -C "$work/source" -xf -
+    tar -C "$origin" --exclude=./.git --exclude=./build --exclude='libbitsandbytes*' -cf - . |
+        tar -C "$work/source" -xf -
 else
     git -c advice.detachedHead=false clone --depth 1 --branch "$tag" "$origin" "$work/source" ||
         fail "cannot clone tag $tag of $origin. Type: BNB_SOURCE=folder-with-the-source $again, or BNB_TAG=another"

@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT
 
 SCRIPT = ROOT / "env/build_bitsandbytes.sh"
-SYSTEM = "bash cat dirname head mkdir mktemp nproc rm sed sort tar timeout touch".split()
+SYSTEM = "bash cat dirname head mkdir mktemp nproc rm sed sort tail tar timeout touch".split()
 # Of a probe the log says whether it was of the package in the trial folder.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-    "-") cat > /dev/null; echo "$FACTS" ;;
+    "-") cat > /dev/null; [ -n "$FACTS" ] || { echo "No module named 'torch'" >&2; exit 1; }; echo "$FACTS" ;;
     "-u -") cat > /dev/null; trial=${PYTHONPATH%%:*}; trial=${trial##*/}; echo "probe $trial" >> "$LOG"
         [ -z "$trial" ] || exit "${TRIAL:-0}"
         [[ $(< "$LOG") = *force-reinstall* ]] || exit "$INSTALLED" ;;
@@ -175,6 +175,7 @@ def test_a_newer_cmake_and_tools_of_rocm_outside_the_path_will_do(machine):
     ("environment", "said"),
     [
         ({"PYTHON": "./nowhere"}, "there is no ./nowhere"),
+        ({"FACTS": ""}, "No module named 'torch'. Type: make setup"),
         ({"COMPUTE_BACKEND": "rocm"}, "COMPUTE_BACKEND=rocm is unknown. Type: COMPUTE_BACKEND=hip bash"),
         ({"BNB_ROCM_ARCH": "gfx90a,gfx942"}, "BNB_ROCM_ARCH=gfx90a,gfx942 is no list"),
         ({"BNB_ROCM_ARCH": "MI300X"}, "BNB_ROCM_ARCH=MI300X is no list"),
@@ -281,6 +282,19 @@ def test_the_probe_finds_each_fault(probe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("XPU/CPU can run without it."))
         assert "no native library was loaded: XPU/CPU can run without it." in probe()
+
+
+def test_weights_may_decay_after_the_step_as_on_an_accelerator(probe, monkeypatch, capsys):
+    import bitsandbytes as bnb
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            update = 0.01 * parameter.grad / (parameter.grad.abs() + 1e-8)
+            parameter.data = (parameter.data - update) * (1 - 0.01 * 0.01)
+
+    monkeypatch.setattr(bnb.optim.PagedAdamW32bit, "step", step)
+    assert probe() is None
+    assert 5e-7 < float(re.search(r"learning rate 0.01: error (\S+)", capsys.readouterr().out)[1]) < 2e-6
 
 
 def test_without_a_visible_accelerator_the_library_for_rocm_must_load(probe, monkeypatch, tmp_path, capsys):

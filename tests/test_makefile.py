@@ -27,7 +27,7 @@ esac
 """
 VARIABLES = (
     "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
-    "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
+    "COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
 )
 # The audit of the data, and the prediction of the memory.
 AUDIT = ["audit_tokens", "00_check_gpu"]
@@ -447,3 +447,12 @@ def test_clean_removes_results_only(trained):
     assert (trained.folder / ".venv").exists()
     assert trained.make("distclean").returncode == 0
     assert not (trained.folder / ".venv").exists()
+
+
+def test_the_bitsandbytes_build_gets_its_settings_from_everywhere(project):
+    (project.folder / "env/build_bitsandbytes.sh").write_text(
+        'echo "$PYTHON,$COMPUTE_BACKEND,$BNB_ROCM_ARCH,$BNB_TAG,$JOBS,$FORCE"\n'
+    )
+    (project.folder / ".env").write_text('BNB_ROCM_ARCH="gfx90a;gfx942"\nJOBS=3\n')
+    result = project.make("bitsandbytes", "COMPUTE_BACKEND=hip", "PYTHON=python3", JOBS="4", FORCE="1")
+    assert result.stdout == ".venv/bin/python,hip,gfx90a;gfx942,,4,1\n", result.stderr
