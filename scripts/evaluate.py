@@ -241,6 +241,13 @@ def format_report(report: dict) -> str:
     for model in report["models"]:
         change = f"{100 * (model['loss'] / base - 1):+.1f} %"
         lines.append(f"| {model['name']} | {model['loss']:.4f} | {change} | {model['perplexity']:.2f} |")
+    for model in report["models"]:
+        if on_quantized := model.get("loss_quantized"):
+            lines += [
+                "",
+                f"{model['name']} was trained on quantized weights, where its loss is {on_quantized:.4f}. Here",
+            ]
+            lines += ["it is measured on those of full precision."]
     for number, prompt in enumerate(report["prompts"]):
         lines += ["", f"## {prompt['prompt']}", ""]
         if prompt["reference"]:
@@ -286,6 +293,10 @@ def main() -> None:
         folder = Path(path).resolve()
         name = "base" if not models else folder.parent.name if folder.name in ("adapter", "model") else path
         models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
+        note = Path(path).parent / "run.json"
+        run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        if run.get("quantization"):
+            models[-1]["loss_quantized"] = run["metrics"].get("eval_loss")
         print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
         del model  # before the next one is loaded
 

@@ -76,10 +76,10 @@ def record(run: dict, tolerance: float) -> dict:
 
 
 def belongs(curve: dict, run: dict) -> bool:
-    """Whether a curve is of this script, base model and data set, and of 4-bit weights where the run is."""
+    """Whether a curve is of this script, base model and data set; a binding one of 4-bit weights where the run is."""
     return (
         curve["script"] == run["script"]
-        and curve["arguments"].get("load_in_4bit", False) == run["arguments"]["load_in_4bit"]
+        and not (curve["binding"] and curve["arguments"].get("load_in_4bit", False) != run["arguments"]["load_in_4bit"])
         and run["base_model"]["name"] in curve["base_models"]
         and name_data(run) in curve["datasets"]
     )

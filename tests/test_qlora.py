@@ -142,6 +142,8 @@ def test_the_steps_after_it_take_it_as_any_adapter(trained, tiny_model, question
     assert result.returncode == 0, result.stderr
     base, lora = read(tmp_path / "evaluation.json")["models"]
     assert lora["loss"] < 0.5 * base["loss"]
+    on_quantized = read(trained / "run.json")["metrics"]["eval_loss"]
+    assert f"quantized weights, where its loss is {on_quantized:.4f}" in (tmp_path / "evaluation.md").read_text()
     assert [answer.strip() for answer in lora["answers"]] == ["blue", "green", "red", "red"]
 
     # A run on 4-bit weights has a curve of its own.
