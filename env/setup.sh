@@ -103,7 +103,7 @@ if [ "$backend" = preinstalled ]; then
 	[ "$kind" ] ||
 		fail "$PYTHON has no torch. Type: make setup BACKEND=$found, or name the Python that has it: make setup PYTHON=..."
 	refuse_wrong "$kind" "the torch $version of $PYTHON"
-	what="beside torch $version for $kind, which stays in $before"
+	what="beside torch $version for $kind, which stays in $before,"
 elif [ "$own" ]; then
 	case "$TORCH_VERSION" in
 		torch*) torch=("${from[@]}" "$TORCH_VERSION") ;;
