@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,11 @@ def make(tmp_path_factory):
     return run_make
 
 
+def assert_near(metrics: dict) -> None:
+    """The peak of the memory was predicted within a fifth of what was measured."""
+    assert metrics["predicted_memory_bytes"] == pytest.approx(metrics["peak_memory_bytes"], rel=0.2)
+
+
 def test_train_merge_compare_infer_evaluate(make):
     steps = "ARGS=--max_steps 12 --logging_steps 4"
     said = make("train-lora", steps)
@@ -48,6 +53,7 @@ def test_train_merge_compare_infer_evaluate(make):
     assert len(losses) == 3 and losses[0] > losses[2]
     assert record["dataset"]["origin"]["name"] == "data" and record["base_model"]["name"] == "SmolLM2-135M-Instruct"
     assert record["metrics"]["peak_memory_bytes"] < 4 * 2**30
+    assert_near(record["metrics"])
     assert (make.output / "lora/loss.png").stat().st_size > 10_000
     assert "02_train_lora.py" not in make("train-lora", steps)
 
@@ -57,6 +63,7 @@ def test_train_merge_compare_infer_evaluate(make):
     assert "trainable params: 134,515,008 || all params: 134,515,008" in make("train-full", steps)
     full = json.loads((make.output / "full/run.json").read_text())
     assert full["metrics"]["peak_memory_bytes"] < 6 * 2**30
+    assert_near(full["metrics"])
     make("merge", "ARGS=--max_new_tokens 8")
     ask = ("PROMPT=What is LoRA?", "ARGS=--max_new_tokens 12")
     assert make("infer", "FROM=merged", *ask).splitlines()[-1] == answer
@@ -72,7 +79,23 @@ def test_train_merge_compare_infer_evaluate(make):
     assert all(model["loss"] < 0.95 * base["loss"] for model in trained)
     lora, _, merged = trained
     assert round(lora["loss"], 4) == round(merged["loss"], 4) and lora["answers"] == merged["answers"]
-    for run, model in (("lora", lora), ("full", trained[1])):
-        assert json.loads((make.output / run / "run.json").read_text())["metrics"]["eval_loss"] == pytest.approx(
+    for step, model in (("lora", lora), ("full", trained[1])):
+        assert json.loads((make.output / step / "run.json").read_text())["metrics"]["eval_loss"] == pytest.approx(
             model["loss"], abs=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "script", "recipe"),
+    [("lora", "02_train_lora.py", "embedded"), ("full", "03_train_full.py", "embedded-full")],
+)
+def test_the_memory_of_longer_rows_is_predicted(method, script, recipe, make, tmp_path):
+    make("download")
+    model, rows = make.output / "base-model", write_rows(tmp_path / "rows.jsonl", [{"text": "memory " * 400}] * 12)
+    options = ["--config", ROOT / f"env/recipes/{recipe}.yaml", "--max_length", "256", "--max_steps", "3"]
+    predict = ["--model", model, "--method", method, "--output", "memory.json", "--", *options]
+    assert run("00_check_gpu.py", *predict, cwd=tmp_path).returncode == 0
+    train = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", "out", *options]
+    result = run(script, *train, "--memory_prediction", "memory.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_near(json.loads((tmp_path / "out/run.json").read_text())["metrics"])
