@@ -33,11 +33,13 @@ $(eval $(call setting,ARGS,))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,FROM,adapter))
 $(eval $(call setting,REPO,))
-$(eval $(call setting,BACKEND,auto))
-$(eval $(call setting,TORCH_INDEX,))
-$(eval $(call setting,TORCH_VERSION,))
-$(eval $(call setting,PYTHON,python3))
 $(eval $(call setting,VENV,.venv))
+# What the environment was made with holds until something else is asked for.
+kept = $(patsubst $(1)=%,%,$(filter $(1)=%,$(file <$(VENV).settings)))
+$(eval $(call setting,BACKEND,$(or $(call kept,BACKEND),auto)))
+$(eval $(call setting,TORCH_INDEX,$(call kept,TORCH_INDEX)))
+$(eval $(call setting,TORCH_VERSION,$(call kept,TORCH_VERSION)))
+$(eval $(call setting,PYTHON,$(or $(call kept,PYTHON),python3)))
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
 $(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
 ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
@@ -200,7 +202,7 @@ distclean: clean ## remove the Python environment too
 # then. ARGS belongs to the step that is asked for, of the tutorial to both trainings; a step that is made on the way
 # keeps the ARGS it was made with.
 args = $(if $(filter $(1) $(if $(filter train-%,$(1)),tutorial),$(MAKECMDGOALS)),$(ARGS),$(file <$(OUT)/.args/$(1)))
-$(VENV).settings: export TEXT = $(strip $(PYTHON) $(BACKEND) $(TORCH_INDEX) $(TORCH_VERSION))
+$(VENV).settings: export TEXT = $(foreach name,PYTHON BACKEND TORCH_INDEX TORCH_VERSION,$(name)=$($(name)))
 $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
 $(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
 $(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
@@ -214,8 +216,9 @@ $(OUT)/.args/%: FORCE
 	$(keep_text)
 
 # Environment ----------------------------------------------------------------------------------------------------------
-# make -n calls the script too, which then only prints its commands.
-dry_run = $(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),--dry-run)
+# make -n calls the script too, which then only prints its commands; so do -t and -q.
+short_flags = $(filter-out --%,$(firstword -$(MAKEFLAGS)))
+dry_run = $(if $(findstring n,$(short_flags))$(findstring t,$(short_flags))$(findstring q,$(short_flags)),--dry-run)
 $(VENV)/installed: env/setup.sh $(wildcard env/locks/*.txt) $(VENV).settings
 	+@env/setup.sh $(dry_run)
 
@@ -225,7 +228,7 @@ $(VENV)/tested: $(VENV)/installed
 
 # Exit status 2 of the check: ready, with warnings.
 check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed 's/cuda\|rocm/gpu/' $(VENV)/backend)"
-$(OUT)/check/report.json: scripts/00_check_gpu.py | $(VENV)/installed
+$(OUT)/check/report.json: scripts/00_check_gpu.py $(VENV)/installed
 	$(call check,$@) || [ $$? = 2 ]
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -250,14 +253,14 @@ $(OUT)/dataset/audit-full.json: scripts/audit_tokens.py $(OUT)/dataset/run.json 
 		$(addprefix $(OUT)/.args/,recipe audit train-full)
 	$(call audit,train-full,$(recipe_full))
 
-# What a training will take is predicted, and one that does not fit is not begun, unless FORCE=1.
+# What a training will take is predicted each time it is to begin, and one that does not fit is not begun, unless FORCE=1.
 define predict
-	$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(FORCE),--force) --output $@ -- \
+	$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
 		$(addprefix --config ,$(2)) $(call args,train-$(1))
 endef
-$(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json scripts/00_check_gpu.py
+$(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(if $(wildcard $(OUT)/lora/run.json),,FORCE)
 	$(call predict,lora,$(recipe_file))
-$(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json scripts/00_check_gpu.py
+$(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json $(if $(wildcard $(OUT)/full/run.json),,FORCE)
 	$(call predict,full,$(recipe_full))
 
 data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)

@@ -26,4 +26,5 @@ write cpu "torch, whose CPU build needs no libraries." "the torch of cuda.txt" <
 # PyTorch's index would have to answer for a resolution. It has the same release of Triton under another name.
 write rocm "torch, which brings ROCm's libraries along." "the torch of cuda.txt for $ROCM, with its release of Triton" \
 	<<< "$torch+$ROCM"$'\n'"${triton/triton/triton-rocm}"
-$tests | write test "What make test and make lint need besides." "$tests"
+pins=$($tests)
+write test "What make test and make lint need besides." "$tests" <<< "$pins"

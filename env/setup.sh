@@ -44,15 +44,16 @@ amd="" nvidia=""
 if [ -e "$root/dev/kfd" ]; then
 	if works amd-smi list; then amd="an AMD accelerator, by /dev/kfd and amd-smi"
 	elif works rocminfo; then amd="an AMD accelerator, by /dev/kfd and rocminfo"
-	# The graphics of an AMD processor have a /dev/kfd too.
-	elif [ ! "$nvidia" ]; then amd="an AMD accelerator, by /dev/kfd alone: neither amd-smi nor rocminfo works"
+	# PCI class 0x12 is an Instinct. The graphics of an AMD processor have a /dev/kfd too.
+	elif grep -qs ^0x12 "$root"/sys/bus/pci/devices/*/class; then
+		amd="an AMD accelerator, by /dev/kfd and the PCI bus: neither amd-smi nor rocminfo works"
 	fi
 fi
 found=cpu
 [ ! "$nvidia" ] || found=cuda
 [ ! "$amd" ] || found=rocm
 hardware="${amd:-$nvidia}${amd:+${nvidia:+; $nvidia}}"
-hardware=${hardware:-no accelerator, no /dev/kfd and no nvidia-smi that works}
+hardware=${hardware:-no accelerator, by nvidia-smi, amd-smi, rocminfo and the PCI bus}
 echo "Found: $hardware (BACKEND=auto takes $found; others: cpu, cuda, rocm, preinstalled)"
 
 refuse_wrong() { # KIND WHAT

@@ -9,7 +9,8 @@
     python 00_check_gpu.py --model MODEL --method lora -- --max_length 512 --lora_r 16      the same of one training
 
 Needs nothing installed: what is missing is a finding. What may crash or hang runs in a process of its own (a probe).
-MODEL is a hub id or a folder. After -- stand options of the training scripts, --config FILE.yaml among them.
+MODEL is a folder, or a hub id, which needs huggingface-hub. After -- stand options of the training scripts, --config
+FILE.yaml among them.
 Writes  a JSON report to --output, if given.
 Exits   with status 0: ready, 1: not ready, or the one training does not fit, 2: ready, with warnings.
 """
@@ -47,18 +48,27 @@ TOOLS = (
 # Environment variables that hide accelerators, or make one pass for another.
 VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 OVERRIDES = ("HSA_OVERRIDE_GFX_VERSION", "BNB_ROCM_VERSION", "BNB_CUDA_VERSION")
+# For what PyTorch's index has no build of: AMD's own, with the kernels of a device as an extra.
+AMD_INDEX = (
+    "make setup BACKEND=rocm TORCH_INDEX=https://repo.amd.com/rocm/whl-multi-arch/ 'TORCH_VERSION=torch[device-{}]'"
+)
 FREE_DISK = 10e9  # bytes: the environment, the embedded model and what the steps leave take about 7e9
 
 # What decides about memory among the options of a training, with the tutorial's values.
 SETTINGS = {
-    "dtype": "float32", "bf16": False, "load_in_4bit": False, "use_bnb_nested_quant": False, "token_metrics": True,
+    "dtype": "float32", "bf16": False, "load_in_4bit": False, "load_in_8bit": False, "use_bnb_nested_quant": False,
+    "token_metrics": True,
     "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
     "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
+}  # fmt: skip
+QLORA = {
+    "load_in_4bit": True, "use_bnb_nested_quant": True, "lora_target_modules": ["all-linear"],
+    "gradient_checkpointing": True,
 }  # fmt: skip
 METHODS = {
     "LoRA, fp32 (the tutorial)": ("lora", {}),
     "LoRA, bf16": ("lora", {"dtype": "bfloat16", "bf16": True}),
-    "QLoRA, bf16": ("lora", {"dtype": "bfloat16", "bf16": True, "load_in_4bit": True, "use_bnb_nested_quant": True}),
+    "QLoRA (RECIPE=qlora)": ("lora", QLORA),
     "full, fp32 (the tutorial)": ("full", {}),
     "full, bf16 autocast": ("full", {"bf16": True}),
 }
@@ -79,12 +89,16 @@ def probe_torch() -> dict:
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        free, _ = torch.cuda.mem_get_info(index)
+        try:
+            free, _ = torch.cuda.mem_get_info(index)
+        except Exception:  # one full or broken device of several is no reason to say nothing of the others
+            free = 0
         gpus.append({"name": properties.name, "memory_bytes": properties.total_memory, "free_bytes": free})
         gpus[-1]["arch"] = properties.gcnArchName.split(":")[0] if torch.version.hip else ""
     available = torch.cuda.is_available()
     return {
         "version": torch.__version__,
+        "preinstalled": not Path(torch.__file__).is_relative_to(sys.prefix),
         "hip": torch.version.hip,
         "cuda": torch.version.cuda,
         "available": available,
@@ -107,7 +121,7 @@ def probe_packages() -> dict:
 
 
 def probe_bitsandbytes() -> dict:
-    """The native library that bitsandbytes loaded, and the version of ROCm or CUDA it was built for."""
+    """The native library that bitsandbytes loaded, and those that it and PyTorch were built for: rocm72, cuda130."""
     import torch
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, get_available_cuda_binary_versions, lib
 
@@ -117,10 +131,10 @@ def probe_bitsandbytes() -> dict:
         there = ", ".join(get_available_cuda_binary_versions()) or "none"
         raise RuntimeError(f"no native library of bitsandbytes for {wanted} could be loaded (versions there: {there})")
     name = Path(lib._lib._name).name
-    built = re.search(r"(rocm|cuda)(\d+)", name)
-    digits = {"rocm": 1, "cuda": 2}  # of the major version
-    version = f"{built[2][: digits[built[1]]]}.{built[2][digits[built[1]] :]}" if built else None
-    return {"library": name, "built_for": version, "torch_for": wanted}
+    built = re.search(r"(rocm|cuda)\d+", name)
+    kind, version = wanted.lower().split()
+    needed = kind + "".join(version.split(".")[:2])
+    return {"library": name, "built_for": built[0] if built else None, "torch_for": needed}
 
 
 def within_bound(found, expected, bound: float) -> dict:
@@ -131,7 +145,7 @@ def within_bound(found, expected, bound: float) -> dict:
     return {"difference": difference, "bound": bound}
 
 
-def random(*shape: int):
+def normal(*shape: int):
     import torch
 
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -144,17 +158,17 @@ def device() -> str:
 
 
 def probe_matmul_fp32() -> dict:
-    a, b = random(256, 512), random(512, 256)
+    a, b = normal(256, 512), normal(512, 256)
     return within_bound(a.float().to(device()) @ b.float().to(device()), a @ b, 1e-3)
 
 
 def probe_matmul_bf16() -> dict:
-    a, b = random(256, 512), random(512, 256)
+    a, b = normal(256, 512), normal(512, 256)
     return within_bound(a.bfloat16().to(device()) @ b.bfloat16().to(device()), a @ b, 0.05)
 
 
 def probe_backward() -> dict:
-    weight, rows = random(64, 128), random(256, 128)
+    weight, rows = normal(64, 128), normal(256, 128)
 
     def gradient(weight, rows):
         weight = weight.detach().requires_grad_()
@@ -168,7 +182,7 @@ def probe_attention() -> dict:
     """torch's scaled_dot_product_attention against the formula."""
     import torch
 
-    query, key, value = random(3, 2, 4, 96, 64)
+    query, key, value = normal(3, 2, 4, 96, 64)
     scores = (query @ key.mT / 8).masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf"))
     inputs = [tensor.float().to(device()) for tensor in (query, key, value)]
     found = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
@@ -176,11 +190,13 @@ def probe_attention() -> dict:
 
 
 def probe_optimizer() -> dict:
-    """One step of the tutorial's paged_adamw_32bit: the first one is lr in the direction of the gradient's sign."""
+    """One step of the tutorial's paged_adamw_32bit: the first one is lr in the direction of the gradient's sign. The
+    state is paged from 100,000 values on.
+    """
     import bitsandbytes
     import torch
 
-    start, gradient = random(2, 128, 64)
+    start, gradient = normal(2, 512, 256)
     weight = torch.nn.Parameter(start.float().to(device()))
     weight.grad = gradient.float().to(device())
     bitsandbytes.optim.PagedAdamW32bit([weight], lr=0.01, weight_decay=0.0).step()
@@ -191,7 +207,7 @@ def probe_quantize() -> dict:
     """4-bit NormalFloat and back: the largest gap between two of its 16 values is 0.3 of a block's largest weight."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    weight = random(256, 256)
+    weight = normal(256, 256)
     quantized, state = quantize_4bit(weight.float().to(device()), quant_type="nf4", compress_statistics=True)
     return within_bound(
         dequantize_4bit(quantized, state), weight, 0.16 * weight.abs().max().item() / weight.std().item()
@@ -205,7 +221,7 @@ def probe_decode_4bit() -> dict:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
-    weight, token = random(256, 512), random(1, 1, 512)
+    weight, token = normal(256, 512), normal(1, 1, 512)
     quantized, state = quantize_4bit(weight.to(device(), dtype), quant_type="nf4")
     expected = token @ dequantize_4bit(quantized, state).double().cpu().T
     with torch.no_grad():
@@ -214,11 +230,12 @@ def probe_decode_4bit() -> dict:
 
 def probe_hub(model: str = "") -> dict:
     """Whether there is a token, which is never shown, and access to a model; its config."""
-    import huggingface_hub
     from dotenv import find_dotenv, load_dotenv
 
-    load_dotenv(find_dotenv(usecwd=True))
-    facts = {"token": bool(huggingface_hub.get_token())}
+    load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the next import
+    import huggingface_hub
+
+    facts = {"token": bool(huggingface_hub.get_token()), "cache": huggingface_hub.constants.HF_HUB_CACHE}
     if model:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -236,23 +253,30 @@ COMPUTE = ("matmul_fp32", "matmul_bf16", "backward", "attention")
 BITSANDBYTES = ("bitsandbytes", "optimizer", "quantize", "decode_4bit")
 
 
-def run_probe(name: str, timeout: float, *arguments: str) -> dict:
-    """status (passed, failed, crashed or timed out), seconds, and facts or error."""
-    start = time.monotonic()
-    command = [sys.executable, __file__, "--probe", name, *arguments]
+def run_bounded(command: list[str], timeout: float) -> tuple[int | None, str, str]:
+    """Exit status, standard output and error of a command; the status is None where it did not end in time."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, errors="replace")
     try:
         printed, complaints = process.communicate(timeout=timeout)
+        return process.returncode, printed, complaints
     except subprocess.TimeoutExpired:
         process.kill()  # and not waited for: a process that hangs in a driver does not end
+        return None, "", ""
+
+
+def run_probe(name: str, timeout: float, *arguments: str) -> dict:
+    """status (passed, failed, crashed or timed out), seconds, and facts or error."""
+    start = time.monotonic()
+    status, printed, complaints = run_bounded([sys.executable, __file__, "--probe", name, *arguments], timeout)
+    if status is None:
         return {"status": "timed out", "seconds": timeout, "error": f"it did not end within {timeout:g} s"}
     seconds = round(time.monotonic() - start, 1)
     try:
         return {**json.loads(printed.splitlines()[-1]), "seconds": seconds}
     except (IndexError, ValueError):
         last = (complaints.strip() or "it said nothing").splitlines()[-1]
-        cause = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        cause = f"signal {-status}" if status < 0 else f"status {status}"
         return {"status": "crashed", "seconds": seconds, "error": f"it ended with {cause}: {last[:200]}"}
 
 
@@ -275,13 +299,10 @@ def read(file: Path) -> str:
 
 
 def ask(path: str, *command: str) -> str:
-    """What a tool of the system prints; nothing if it is not there or fails."""
+    """What a tool of the system prints; nothing if it is not there, fails or hangs."""
     tool = shutil.which(command[0], path=path)
-    try:
-        answer = subprocess.run([tool or "", *command[1:]], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    status, printed, _ = run_bounded([tool, *command[1:]], timeout=30) if tool else (1, "", "")
+    return printed.strip() if status == 0 else ""
 
 
 def look_at_system(root: Path) -> dict:
@@ -297,7 +318,10 @@ def look_at_system(root: Path) -> dict:
                 re.search(r"size_in_bytes (\d+)", read(bank)) for bank in node.parent.glob("mem_banks/*/properties")
             ]
             amd.append({"arch": arch, "memory_bytes": sum(int(bank[1]) for bank in banks if bank)})
-    nodes = [file for file in [root / "dev/kfd", *sorted(root.glob("dev/dri/renderD*"))] if file.exists()]
+    kfd = root / "dev/kfd"
+    nodes = [kfd, *sorted(root.glob("dev/dri/renderD*"))] if kfd.exists() else []
+    vendors = {file: read(root / f"sys/class/drm/{file.name}/device/vendor") for file in nodes}
+    nodes = [file for file, vendor in vendors.items() if vendor in ("", "0x1002")]  # not those of other graphics
     # Class 0x12: a processing accelerator, such as an Instinct; vendor 0x1002: AMD
     pci = [read(file.parent / "class") for file in root.glob("sys/bus/pci/devices/*/vendor") if read(file) == "0x1002"]
     tool, listing = next(((command[0], text) for command in TOOLS if (text := ask(path, *command))), (None, ""))
@@ -314,7 +338,7 @@ def look_at_system(root: Path) -> dict:
         "tool": tool,
         "products": listing.splitlines(),
         "amd": {
-            "kfd": (root / "dev/kfd").exists(),
+            "kfd": kfd.exists(),
             "gpus": amd,
             "on_pci_bus": sum(kind.startswith("0x12") for kind in pci),
             "driver": driver or None,
@@ -353,7 +377,12 @@ def judge_system(system: dict, torch: dict, require: str) -> list[Finding]:
             add(level, cause, "docker run --group-add video --group-add $(getent group render | cut -d: -f3) ...")
         else:
             add(level, cause, "sudo usermod -a -G video,render $USER   (then log in again)")
-    there = "AMD" if amd["kfd"] or amd["on_pci_bus"] else "NVIDIA" if nvidia["gpus"] else ""
+    if torch and torch["available"]:
+        there = "AMD" if torch["hip"] else "NVIDIA"
+    elif nvidia["gpus"] and not amd["on_pci_bus"]:  # the graphics of an AMD processor have a /dev/kfd too
+        there = "NVIDIA"
+    else:
+        there = "AMD" if amd["on_pci_bus"] or amd["gpus"] and system["tool"] else ""
     hidden = " ".join(name for name in VISIBLE if name in variables)
     if not torch:
         pass  # missing packages are a finding of their own
@@ -368,13 +397,13 @@ def judge_system(system: dict, torch: dict, require: str) -> list[Finding]:
             "make setup BACKEND=cuda",
         )
     elif there and not torch["available"]:
-        if hidden:
+        if there == "NVIDIA" and nvidia["cuda"] and version_tuple(nvidia["cuda"]) < version_tuple(torch["cuda"]):
+            cause = f"driver {nvidia['driver']} is for CUDA {nvidia['cuda']}, PyTorch needs {torch['cuda']}"
+            older = "make setup BACKEND=cuda TORCH_INDEX=cu126"
+            add(level, cause, f"update the driver, https://www.nvidia.com/drivers   (or: {older})")
+        elif hidden and not findings:
             shown = ", ".join(f"{name}={variables[name]!r}" for name in hidden.split())
             add(level, f"PyTorch finds no accelerator, and {shown} is set", f"unset {hidden}")
-        elif there == "NVIDIA" and nvidia["cuda"] and numbers(nvidia["cuda"]) < numbers(torch["cuda"]):
-            index = f"https://download.pytorch.org/whl/cu{nvidia['cuda'].replace('.', '')}"
-            older = f"make setup BACKEND=cuda TORCH_INDEX={index}"
-            add(level, f"driver {nvidia['driver']} is for CUDA {nvidia['cuda']}, PyTorch needs {torch['cuda']}", older)
         elif not findings:
             tool = "amd-smi list" if there == "AMD" else "nvidia-smi"
             add(level, f"PyTorch {torch['version']} finds no accelerator on this {there} machine", tool)
@@ -392,23 +421,32 @@ def judge_system(system: dict, torch: dict, require: str) -> list[Finding]:
 
     first, gpus = torch["gpus"][0], torch["gpus"]
     if torch["hip"] and first["arch"] not in torch["arch_list"]:
-        add(
-            "error",
-            f"PyTorch has no kernels for {first['arch']}: {', '.join(torch['arch_list'])}",
-            "make setup BACKEND=rocm",
-        )
-    if torch["hip"] and amd["rocm"] and numbers(amd["rocm"])[0] != numbers(torch["hip"])[0]:
+        cause = f"PyTorch has kernels for {', '.join(torch['arch_list'])}, not for {first['arch']}"
+        add("error", cause, AMD_INDEX.format(first["arch"]))
+    if torch["hip"] and amd["rocm"] and version_tuple(amd["rocm"])[0] != version_tuple(torch["hip"])[0]:
         cause = f"PyTorch is built for ROCm {torch['hip']}, the system has {amd['rocm']}: not tested together"
-        add("warning", cause, f"make setup BACKEND=rocm TORCH_INDEX=rocm{'.'.join(amd['rocm'].split('.')[:2])}")
-    if len(gpus) > 1 and not hidden:
+        add("warning", cause, AMD_INDEX.format(first["arch"]))
+    if len(gpus) > 1:
         free = max(range(len(gpus)), key=lambda index: gpus[index]["free_bytes"])
         name = "HIP_VISIBLE_DEVICES" if torch["hip"] else "CUDA_VISIBLE_DEVICES"
-        add("warning", f"{len(gpus)} accelerators are visible; the scripts take the first", f"export {name}={free}")
+        if {"ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"} & variables.keys():
+            # Then the scripts leave the choice to the variable.
+            chosen = variables.get(name, "").split(",")
+            free = chosen[free] if len(chosen) == len(gpus) else free
+            add("error", f"{len(gpus)} accelerators are visible; the trainer takes one alone", f"export {name}={free}")
+        else:
+            add("warning", f"{len(gpus)} accelerators are visible; the scripts take the first", f"export {name}={free}")
     if first["free_bytes"] < 0.8 * first["memory_bytes"]:
         used = f"{(first['memory_bytes'] - first['free_bytes']) / 2**30:.0f} of {first['memory_bytes'] / 2**30:.0f} GiB"
         tool = "amd-smi process" if torch["hip"] else "nvidia-smi"
         add("warning", f"{used} of the accelerator's memory are taken already", tool)
     return findings
+
+
+def install(packages: dict) -> str:
+    """The command; a plain pip would take a torch for CUDA, whatever the machine."""
+    named = " ".join(f"{name}=={PINS[name]}" for name in packages if name != "torch")
+    return f"make setup   (or: {sys.executable} -m pip install {named})" if named else "make setup"
 
 
 def judge_probes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
@@ -418,20 +456,20 @@ def judge_probes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
     missing = packages["missing"]
     if missing:
         named = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
-        install = " ".join(f"{name}=={PINS[name]}" for name in missing)
-        findings.append(
-            Finding("error", f"missing or broken: {named}"[:500], f"make setup   (or: pip install {install})")
-        )
+        findings.append(Finding("error", f"missing or broken: {named}"[:500], install(missing)))
     others = {name: is_ for name, is_ in packages["versions"].items() if is_.split("+")[0] != PINS[name]}
+    if torch and torch["preinstalled"]:
+        others.pop("torch", None)  # the one of a Docker image stays
     if others:
         named = ", ".join(f"{name} {is_} instead of {PINS[name]}" for name, is_ in others.items())
-        install = " ".join(f"{name}=={PINS[name]}" for name in others)
-        findings.append(Finding("warning", f"not the versions that were tested: {named}", f"pip install {install}"))
+        findings.append(Finding("warning", f"not the versions that were tested: {named}", install(others)))
     broken = {name: probe["error"] for name, probe in probes.items() if probe["status"] != "passed"}
     if "packages" in broken:
         findings.append(Finding("error", f"importing the packages: {broken['packages']}", "make setup"))
     if "torch" in broken and "torch" not in missing:
-        findings.append(Finding("error", f"PyTorch does not work: {broken['torch']}", "make setup"))
+        hangs = probes["torch"]["status"] in ("timed out", "crashed")
+        mend = "sudo dmesg | tail -n 50   (what the driver says)" if hangs else "make setup"
+        findings.append(Finding("error", f"PyTorch does not work: {broken['torch']}", mend))
     if torch:
         where = "the accelerator" if torch["available"] else "the CPU"
         for name in COMPUTE:
@@ -464,14 +502,14 @@ def judge_bitsandbytes(probes: dict, torch: dict, variables: dict) -> list[Findi
         if probes[name]["status"] != "passed":
             cause = f"bitsandbytes, {name} with {library['facts']['library']}: {probes[name]['error']}"
             findings.append(Finding(level, cause, mend))
-    built, needed = library["facts"]["built_for"], torch["hip"] or torch["cuda"]
-    if built and needed and numbers(built)[:2] != numbers(needed)[:2] and torch["available"]:
+    built, needed = library["facts"]["built_for"], library["facts"]["torch_for"]
+    if built and built != needed and torch["available"]:
         cause = f"bitsandbytes took its library for {built}, PyTorch is built for {needed}"
         findings.append(Finding("warning", cause, mend if override else "make bitsandbytes FORCE=1"))
     return findings
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
@@ -485,7 +523,7 @@ def examine(args: argparse.Namespace) -> int:
         probes = dict(zip(names, answers, strict=True))
     torch = probes["torch"].get("facts")
     findings = judge_system(system, torch, args.require) + judge_probes(probes, torch, system["variables"])
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(probes["hub"].get("facts", {}).get("cache", "~/.cache/huggingface")).expanduser()
     disks = {}
     for place in (Path.cwd(), cache):
         existing = next(folder for folder in (place, *place.parents) if folder.exists())
@@ -561,8 +599,6 @@ def count_weights(config: dict, targets: list[str], rank: int) -> dict:
         "q_proj": (hidden, query), "k_proj": (hidden, value), "v_proj": (hidden, value), "o_proj": (query, hidden),
         "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
     }  # fmt: skip
-    if unknown := set(targets) - {*linear, "all-linear"}:
-        fail(f"lora_target_modules: {', '.join(sorted(unknown))} is none of {', '.join(linear)}, all-linear.")
     chosen = {name: sizes for name, sizes in linear.items() if name in targets or "all-linear" in targets}
     embedding, norms = vocabulary * hidden, (2 * layers + 1) * hidden
     if config.get("model_type") == "qwen3":
@@ -580,8 +616,27 @@ def count_weights(config: dict, targets: list[str], rank: int) -> dict:
     }
 
 
+def unknown_to(config: dict, targets: list[str]) -> str:
+    """Why the formulas do not hold for this model, or nothing."""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    if lacking := [name for name in sizes if not config.get(name)]:
+        return f"its config has no {', '.join(lacking)}"
+    if experts := [name for name in config if name.startswith("num_") and name.endswith("experts") and config[name]]:
+        return f"it is a mixture of experts ({', '.join(experts)})"
+    others = set(targets) - {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")} - {"all-linear"}
+    return f"LoRA on {', '.join(sorted(others))} is not counted" if others else ""
+
+
+def describe_optimizer(name: str) -> tuple[float, bool]:
+    """Bytes of state for a parameter, and whether it is bitsandbytes'. A moment takes 4 bytes, or as the name says."""
+    moments = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1}
+    moment = 1 if "8bit" in name else 0.5 if "4bit" in name else 4
+    number = next((number for kind, number in moments.items() if kind in name), 0)
+    return number * moment, bool(re.match("paged_|lion_|ademamix|rmsprop_bnb|adamw_8bit|adamw_bnb", name))
+
+
 def predict_memory(config: dict, method: str, settings: dict, tokens: int, where: str) -> dict:
-    """Peak memory in bytes of a training, by part; tokens is the length of the longest row, where is cpu, cuda or hip.
+    """Peak memory in bytes of a training, by part; tokens is the length of the longest row, where is cpu or gpu.
 
     With P parameters, T trainable ones, B rows of L tokens in a batch, N = B L, b bytes a value (2 in bf16 or fp16,
     under autocast too, else 4), h hidden, q query, i intermediate size, H heads, V words, r the rank of LoRA:
@@ -590,7 +645,9 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
                  double quantization (QLoRA, arXiv 2305.14314, section 3); embeddings, norms and head are not quantized.
                  Under autocast a bf16 copy of every fp32 linear weight is kept for the backward pass.
     gradients    4 T: the trainable weights are fp32, also of an adapter on bf16 or 4-bit weights.
-    optimizer    AdamW keeps two fp32 values: 8 T (ZeRO, arXiv 1910.02054, section 3.1); 2 T with 8 bits.
+    optimizer    AdamW keeps two fp32 values: 8 T (ZeRO, arXiv 1910.02054, section 3.1); 2 T with 8 bits. The state of a
+                 paged one is not PyTorch's: allocated is the peak without it, to compare with what PyTorch counts; it
+                 may move to the memory of the host where the accelerator's is short, at the cost of time.
     activations  What autograd keeps of a layer of transformers' Llama, with attention that does not keep its scores.
                  The method is that of arXiv 2205.05198, section 4; a test counts the values:
                    N (4 (2h + 2 + H) + b (4q + 3i + L))        norms, attention and its mask, MLP
@@ -602,7 +659,8 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
                  tiles of 4096 tokens and 32768 words: one tile with Triton, eight fp32 ones on the CPU.
     overhead     On the CPU the interpreter and its libraries, 0.53 GiB, and what malloc of glibc keeps of freed blocks:
                  0.4 of activations and logits (measured 0.2 to 0.6), 1.3 with gradient checkpointing (measured 1.4);
-                 none if MALLOC_MMAP_THRESHOLD_ is set. On an accelerator none: its allocator counts tensors.
+                 none if MALLOC_MMAP_THRESHOLD_ is set. With 4 bits the pages of the file that the weights were read
+                 from, 4 bytes each. On an accelerator none: its allocator counts tensors.
 
     Peak = weights + optimizer + overhead + the greater of gradients, and activations + logits: a gradient comes as the
     activations go. What an adapter adds to the gradients is small.
@@ -622,7 +680,7 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         weights += counts["quantizable"] * (4.127 if settings["use_bnb_nested_quant"] else 4.5) / 8
     elif autocast and not short:
         weights += 2 * counts["quantizable"]
-    optimizer = trainable * (2 if "8bit" in settings["optim"] else 8 if "adam" in settings["optim"] else 0)
+    optimizer = trainable * describe_optimizer(settings["optim"])[0]
 
     layer = 4 * (2 * hidden + 2 + heads) + b * (4 * query + 3 * inner + tokens)
     if not lora:
@@ -653,6 +711,7 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
     if where == "cpu":
         kept = 1.3 if settings["gradient_checkpointing"] else 0.4
         overhead = 0.53 * 2**30 + (0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else kept * (activations + logits))
+        overhead += 4 * counts["quantizable"] if four_bit else 0
     parts = {
         "weights": weights,
         "gradients": gradients,
@@ -661,15 +720,19 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         "logits": logits,
     }
     parts = {name: int(size) for name, size in {**parts, "overhead": overhead}.items()}
-    return {**parts, "peak": int(weights + optimizer + passing + overhead)}
+    peak = int(weights + optimizer + passing + overhead)
+    paged = where == "gpu" and settings["optim"].startswith("paged")
+    return {**parts, "peak": peak, "allocated": peak - (parts["optimizer"] if paged else 0)}
 
 
 def read_settings(options: list[str], base: dict) -> dict:
     """SETTINGS as a training script would read them: base, then --config, then the options; others are passed over."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
-    for name in SETTINGS:
-        parser.add_argument(f"--{name}", nargs="*")
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
+        if isinstance(default, bool):
+            parser.add_argument(f"--no_{name}", action="store_const", const=["false"], dest=name)
     given, _ = parser.parse_known_args(options)
     settings = {**SETTINGS, **base}
     if given.config:
@@ -677,6 +740,8 @@ def read_settings(options: list[str], base: dict) -> dict:
 
         recipe = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) or {}
         settings |= {name: value for name, value in recipe.items() if name in SETTINGS and value is not None}
+        if isinstance(settings["lora_target_modules"], str):
+            settings["lora_target_modules"] = [settings["lora_target_modules"]]
     for name, values in vars(given).items():
         if name == "config" or values is None:
             continue
@@ -691,7 +756,7 @@ def read_settings(options: list[str], base: dict) -> dict:
 def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
     """Where a training would run (cpu or gpu), its name, and the bytes of memory there."""
     if torch and torch["available"]:
-        return "gpu", torch["gpus"][0]["name"], torch["gpus"][0]["memory_bytes"]
+        return "gpu", torch["gpus"][0]["name"], torch["gpus"][0]["free_bytes"]
     available = re.search(r"MemAvailable:\s+(\d+)", read(root / "proc/meminfo"))
     memory = int(available[1]) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = read(root / "sys/fs/cgroup/memory.max")
@@ -703,78 +768,99 @@ def fits(peak: int, where: str, memory: int) -> bool:
     return (peak if where == "cpu" else peak * 1.05 + 2**30) <= memory
 
 
+def read_config(model: str, timeout: float) -> dict:
+    """The config of a hub id or a folder."""
+    if Path(model, "config.json").is_file():
+        return json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).parent.exists():
+        fail(f"no model at {model!r}. Give a hub id (user/name) or a folder with a config.json.")
+    answer = run_probe("hub", timeout, model)
+    if answer["status"] != "passed":
+        fail(f"cannot read the config of {model}: {answer['error']}. Type: make setup, or give a folder.")
+    return answer["facts"]["config"]
+
+
+def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: int) -> list[Finding]:
+    """Whether a training fits, and if not, the smallest change that makes it fit."""
+    if prediction["fits"]:
+        return []
+    method, settings, tokens = prediction["method"], prediction["settings"], prediction["tokens"]
+    needed = f"{prediction['bytes']['peak'] / 2**30:.1f} GiB"
+    cause = f"{method} needs {needed}, there are {memory / 2**30:.1f} ({name})"
+    recompute, one = {"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}
+    changes = [recompute, one, recompute | one]
+    if method == "lora":
+        short = {"dtype": "bfloat16"}
+        changes += [recompute | one | short, recompute | one | short | {"load_in_4bit": True}]
+    for change in changes:
+        if fits(predict_memory(config, method, settings | change, tokens, where)["peak"], where, memory):
+            options = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+            return [Finding("error", cause, f"add to ARGS: {options}   (or: FORCE=1)")]
+    return [Finding("error", f"{cause}, whatever the batch", "take a smaller model   (or: FORCE=1)")]
+
+
+def judge_needs(settings: dict, timeout: float) -> list[Finding]:
+    """Whether bitsandbytes works in what a training takes from it: tried before a model is loaded."""
+    quantized, optimizer = (
+        settings["load_in_4bit"] or settings["load_in_8bit"],
+        describe_optimizer(settings["optim"])[1],
+    )
+    probes = ["bitsandbytes"] * bool(quantized or optimizer) + ["optimizer"] * optimizer
+    probes += ["quantize", "decode_4bit"] * settings["load_in_4bit"]
+    for probe in probes:
+        answer = run_probe(probe, timeout)
+        if answer["status"] != "passed":
+            what = "quantized weights need" if quantized else f"{settings['optim']} needs"
+            mend = "make bitsandbytes" + ("" if quantized else "   (or add to ARGS: --optim adamw_torch_fused)")
+            return [Finding("error", f"{what} bitsandbytes, {probe}: {answer['error']}", mend)]
+    return []
+
+
 def what_fits(args: argparse.Namespace) -> int:
     """The prediction: prints and reports it, and returns the exit status."""
-    findings = []
-    if Path(args.model, "config.json").is_file():
-        config = json.loads(Path(args.model, "config.json").read_text(encoding="utf-8"))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not Path(args.model).parent.exists():
-        answer = run_probe("hub", args.timeout, args.model)
-        if answer["status"] != "passed":
-            fail(f"cannot read the config of {args.model}: {answer['error']}. Give a folder, or see: hf auth whoami")
-        config = answer["facts"]["config"]
-    else:
-        fail(f"no model at {args.model!r}. Give a hub id (user/name) or a folder with a config.json.")
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if lacking := [name for name in needed if not config.get(name)]:
-        fail(f"{args.model}: its config has no {', '.join(lacking)}. The formulas are for Llama-like decoders.")
+    config = read_config(args.model, args.timeout)
     if args.memory:
         where, name, memory = "gpu", f"{args.memory:g} GiB", int(args.memory * 2**30)
     else:
         where, name, memory = find_memory(run_probe("torch", args.timeout).get("facts"), args.root)
-    rows = []
-    if args.method:
-        settings = read_settings(args.options, {})
-        tokens = settings["max_length"]
-        if args.audit:
-            tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
-        rows.append((args.method, args.method, settings, tokens))
-    else:
-        for label, (method, base) in METHODS.items():
-            settings = read_settings(args.options, base)
-            for batch in args.batch:
-                same = {**settings, "per_device_train_batch_size": batch}
-                rows += [(label, method, same, tokens) for tokens in args.length]
-
-    print(f"{args.model}: {count_weights(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead", "peak")
-    print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
-    report = []
-    for label, method, settings, tokens in rows:
-        memory_parts = predict_memory(config, method, settings, tokens, where)
-        fit = fits(memory_parts["peak"], where, memory)
-        batch = settings["per_device_train_batch_size"]
-        sizes = "".join(f"{memory_parts[part] / 2**30:12.2f}" for part in parts)
-        print(f"{label:26}{batch:6}{tokens:7}{sizes}  {'fits' if fit else 'does not fit'}")
-        report.append({"method": label, "tokens": tokens, "settings": settings, "bytes": memory_parts, "fits": fit})
-    if args.method and not fit:
-        cause = f"{args.method} needs {memory_parts['peak'] / 2**30:.1f} GiB, there are {memory / 2**30:.1f} ({name})"
-        smaller = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}]
-        smaller.append(smaller[0] | smaller[1])
-        if args.method == "lora":
-            smaller += [smaller[2] | {"dtype": "bfloat16"}, smaller[2] | {"dtype": "bfloat16", "load_in_4bit": True}]
-        for change in smaller:
-            if fits(predict_memory(config, method, {**settings, **change}, tokens, where)["peak"], where, memory):
-                options = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
-                findings.append(Finding("error", cause, f'make train-{args.method} ARGS="{options}"   (or FORCE=1)'))
-                break
+    trainings = []
+    try:
+        if args.method:
+            settings = read_settings(args.options, {})
+            tokens = settings["max_length"]
+            if args.audit:
+                tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
+            trainings = [(args.method, args.method, settings, tokens)]
         else:
-            findings.append(Finding("error", f"{cause}, whatever the batch", f"make train-{args.method} FORCE=1"))
-    if args.method:  # what it takes from bitsandbytes is tried before a model is loaded
-        four_bit, optimizer = settings["load_in_4bit"], re.search("paged|8bit|4bit|bnb", settings["optim"])
-        names = ["bitsandbytes"] * bool(four_bit or optimizer) + ["optimizer"] * bool(optimizer)
-        names += ["quantize", "decode_4bit"] * four_bit
-        for probe_name in names:
-            answer = run_probe(probe_name, args.timeout)
-            if answer["status"] != "passed":
-                mend = "make bitsandbytes" + ("" if four_bit else '   (or ARGS="--optim adamw_torch_fused")')
-                needs = "4-bit weights need" if four_bit else f"{settings['optim']} needs"
-                findings.append(Finding("error", f"{needs} bitsandbytes, {probe_name}: {answer['error']}", mend))
-                break
+            for label, (method, base) in METHODS.items():
+                for batch in args.batch:
+                    settings = read_settings(args.options, base) | {"per_device_train_batch_size": batch}
+                    trainings += [(label, method, settings, tokens) for tokens in args.length]
+    except Exception as error:  # of a file, of YAML, of a value
+        fail(f"cannot read the options of the training: {' '.join(str(error).split())}. Mend them: {args.options}")
+
+    predictions = []
+    if reason := unknown_to(config, trainings[0][2]["lora_target_modules"]):
+        print(f"No prediction of the memory for {args.model}: {reason}. The formulas are for Llama-like decoders.")
+    else:
+        print(f"{args.model}: {count_weights(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead", "peak")
+        print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
+        for label, method, settings, tokens in trainings:
+            sizes = predict_memory(config, method, settings, tokens, where)
+            fit = fits(sizes["peak"], where, memory)
+            line = f"{label:26}{settings['per_device_train_batch_size']:6}{tokens:7}"
+            line += "".join(f"{sizes[part] / 2**30:12.2f}" for part in parts)
+            print(f"{line}  {'fits' if fit else 'does not fit'}")
+            predictions.append({"method": label, "tokens": tokens, "settings": settings, "bytes": sizes, "fits": fit})
+    findings = []
+    if args.method:
+        findings = [found for each in predictions for found in judge_memory(each, config, where, name, memory)]
+        findings += judge_needs(settings, args.timeout)
     for finding in findings:
         print(f"{finding.level}: {finding.cause}\n    type: {finding.command}", file=sys.stderr)
     if args.output and (not findings or args.force):
-        report = {"model": args.model, "memory_bytes": memory, "where": name, "predictions": report}
+        report = {"model": args.model, "memory_bytes": memory, "where": where, "predictions": predictions}
         write_json(args.output, report)
     return 1 if findings and not args.force else 0
 
@@ -809,6 +895,7 @@ def main() -> None:
     add("--output", type=Path, help="file for the report, JSON")
     add("--probe", choices=PROBES, help=argparse.SUPPRESS)
     add("options", nargs="*", help="after --: options of the training")
+    parser.error = lambda message: fail(f"{message}. See --help.")  # not with the status 2 of a warning
     args = parser.parse_args()
     if args.probe:
         answer_probe(args.probe, args.options)

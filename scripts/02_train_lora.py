@@ -263,7 +263,7 @@ def main() -> None:
     if report := script_args.memory_prediction:
         if not Path(report).is_file():
             fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
-        predicted = json.loads(Path(report).read_text(encoding="utf-8"))
+        predicted = json.loads(Path(report).read_text(encoding="utf-8"))["predictions"]  # none: an unknown architecture
 
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
@@ -323,7 +323,7 @@ def main() -> None:
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
     metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
     if predicted:
-        metrics["predicted_memory_bytes"] = predicted["predictions"][0]["bytes"]["peak"]
+        metrics["predicted_memory_bytes"] = predicted[0]["bytes"]["allocated"]
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
     if not trainer.is_world_process_zero():

@@ -156,7 +156,9 @@ def check(what: str, expected: torch.Tensor, found: torch.Tensor, dtype: str) ->
     return {"largest_difference": difference, "tolerance": TOLERANCE[dtype], "tokens": tokens, "same_tokens": same}
 
 
-def compare_with_quantized(name: str, base: str, revision: str | None, training: dict, rows: list, logits) -> dict:
+def compare_with_quantized(
+    name: str, base: str, revision: str | None, training: dict, rows: list, logits
+) -> dict | None:
     """The adapter on the quantized weights that it was trained on, against logits, the same on those of full precision:
     tokens of the answers that both choose, mean loss on them (nats per token), mean difference of log-probabilities.
     """
@@ -169,8 +171,10 @@ def compare_with_quantized(name: str, base: str, revision: str | None, training:
             base, dtype=dtype, revision=revision or "main", quantization_config=quantization
         )
         model = PeftModel.from_pretrained(model, name).eval()
-    except Exception as error:  # no package, or one without a library for this machine
-        fail(f"cannot quantize {base!r} as for the training: {' '.join(str(error).split())[:300]} See make check-gpu.")
+    except Exception as error:  # no package, or one without a library for this machine; the merge does not need it
+        reason = " ".join(str(error).split())[:300]
+        print(f"cannot quantize {base!r} as for the training, so the difference is not measured: {reason}")
+        return None
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False  # it would compute in bfloat16 whatever the training did

@@ -16,18 +16,10 @@ def make(tmp_path_factory):
     environment = Path(sys.prefix)
     if not (environment / "installed").exists():
         pytest.skip(f"{environment} was not made by make setup")
-    python, backend, *_ = environment.with_name(environment.name + ".settings").read_text().split()
 
     def run_make(target, *variables):
         command = ["make", target, f"OUT={output}", f"VENV={sys.prefix}", "BASE_MODEL=embedded", "DATASET=data"]
-        command += [
-            f"PYTHON={python}",
-            f"BACKEND={backend}",
-            "RECIPE=embedded",
-            "VALIDATION_ROWS=0",
-            "ARGS=",
-            *variables,
-        ]
+        command += ["RECIPE=embedded", "VALIDATION_ROWS=0", "ARGS=", *variables]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout

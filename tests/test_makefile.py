@@ -50,7 +50,7 @@ class Project:
         python.write_text(STAND_IN)
         python.chmod(0o755)
         (folder / ".venv/backend").write_text("cpu\n")
-        (folder / ".venv.settings").write_text("python3 auto\n")
+        (folder / ".venv.settings").write_text("PYTHON=python3 BACKEND=auto TORCH_INDEX= TORCH_VERSION=\n")
         (folder / ".venv/installed").touch()
 
     def make(self, *args: str, **environment: str) -> subprocess.CompletedProcess:
@@ -109,7 +109,7 @@ def test_no_target_prints_the_targets(project):
         ("scripts/plot_loss.py", ["plot_loss"]),
         ("env/recipes/embedded.yaml", [*AUDIT, *LORA]),
         ("data/train.jsonl", ["01_download", *AUDIT, *LORA]),
-        (".venv/installed", []),
+        (".venv/installed", ["00_check_gpu"]),
         ("README.md", []),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_failed_step_is_run_again(project):
     assert project.make("train-lora").returncode == 2
     python.write_text(STAND_IN)
     project.make("train-lora")
-    assert project.steps() == LORA
+    assert project.steps() == ["00_check_gpu", *LORA]  # the memory may be another by now
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ BACKENDS = ["cpu", "cuda", "rocm", "preinstalled"]
 ROCM_INDEX = "https://download.pytorch.org/whl/rocm7.2"
 PACKAGES = "install --no-deps -r env/locks/packages.txt"
 
-# Tools that work, by the machine that has them; a tool with a dash in front does not work.
+# Tools that work, by the machine that has them; a tool with a dash in front does not work. = is a file's text.
 MACHINES = {
     "AMD": ["dev/kfd", "opt/rocm/bin/amd-smi"],
     "AMD with rocminfo": ["dev/kfd", "-usr/bin/amd-smi", "usr/bin/rocminfo"],
-    "AMD without tools": ["dev/kfd"],
+    "AMD without tools": ["dev/kfd", "sys/bus/pci/devices/5/class=0x120000"],
+    "graphics of an AMD processor": ["dev/kfd", "sys/bus/pci/devices/5/class=0x030000"],
     "NVIDIA": ["usr/bin/nvidia-smi"],
     "NVIDIA and the graphics of an AMD processor": ["dev/kfd", "usr/bin/nvidia-smi"],
     "both": ["dev/kfd", "opt/rocm/bin/amd-smi", "usr/bin/nvidia-smi"],
@@ -43,9 +44,10 @@ esac
 
 def machine(folder: Path, name: str) -> Path:
     for entry in MACHINES[name]:
-        file = folder / entry.lstrip("-")
+        name, _, text = entry.lstrip("-").partition("=")
+        file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"#!/bin/sh\nexit {int(entry.startswith('-'))}\n")
+        file.write_text(text or f"#!/bin/sh\nexit {int(entry.startswith('-'))}\n")
         file.chmod(0o755)
     return folder
 
@@ -71,7 +73,8 @@ def pip_commands(output: str) -> list[str]:
     [
         ("AMD", "an AMD accelerator, by /dev/kfd and amd-smi", "rocm"),
         ("AMD with rocminfo", "an AMD accelerator, by /dev/kfd and rocminfo", "rocm"),
-        ("AMD without tools", "an AMD accelerator, by /dev/kfd alone", "rocm"),
+        ("AMD without tools", "an AMD accelerator, by /dev/kfd and the PCI bus", "rocm"),
+        ("graphics of an AMD processor", "no accelerator", "cpu"),
         ("NVIDIA", "an NVIDIA accelerator, by nvidia-smi", "cuda"),
         ("NVIDIA and the graphics of an AMD processor", "an NVIDIA accelerator, by nvidia-smi", "cuda"),
         ("both", "an AMD accelerator, by /dev/kfd and amd-smi; an NVIDIA accelerator, by nvidia-smi", "rocm"),
@@ -247,6 +250,16 @@ def test_setup_runs_again_when_something_of_it_changed(change, tmp_path):
         os.utime(tmp_path / change, (later, later))
     assert project.make("setup", *arguments, **environment).returncode == 0
     assert any("pip install" in command for command in project.commands())
+
+
+def test_what_was_asked_for_holds_until_something_else_is(tmp_path):
+    project = Project(tmp_path)
+    (tmp_path / ".venv.settings").write_text("PYTHON=python3 BACKEND=cuda TORCH_INDEX=cu126 TORCH_VERSION=\n")
+    (tmp_path / ".venv/installed").touch()
+    assert project.make("setup").stdout == ".venv is up to date\n"
+    assert "--index-url https://download.pytorch.org/whl/cu126" in project.make("-n", "setup").stdout
+    assert "pip install --no-deps -r env/locks/cuda.txt" in project.make("-n", "setup", "TORCH_INDEX=").stdout
+    assert project.make("setup", "BACKEND=nonsense").returncode == 2
 
 
 @pytest.mark.parametrize(("variables", "ends"), [({}, True), ({"TORCH_VERSION": "2.12.1"}, False)])

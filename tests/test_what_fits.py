@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import load, run, write_rows
+from conftest import ROOT, load, run, write_rows
 from fake_machine import Machine, torch_for
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -134,7 +134,7 @@ def test_the_table_marks_what_fits(tmp_path):
     result = run("00_check_gpu.py", "--model", llama, "--memory", "80", "--output", "fits.json", cwd=tmp_path)
     assert result.returncode == 0 and "6,738,415,616 parameters" in result.stdout
     predictions = json.loads((tmp_path / "fits.json").read_text())["predictions"]
-    assert len(predictions) == 5 * 2 * 3
+    assert len(predictions) == len(script.METHODS) * 2 * 3
     for row in predictions:
         assert row["fits"] == (row["bytes"]["peak"] * 1.05 + 2**30 <= 80 * 2**30)
         assert f"{row['bytes']['peak'] / 2**30:.2f}  {'fits' if row['fits'] else 'does not fit'}\n" in result.stdout
@@ -162,7 +162,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     assert result.returncode == 1 and not (tmp_path / "memory.json").exists()
     cause, mend = result.stderr.splitlines()
     assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
-    assert mend == '    type: make train-lora ARGS="--per_device_train_batch_size 1"   (or FORCE=1)'
+    assert mend == "    type: add to ARGS: --per_device_train_batch_size 1   (or: FORCE=1)"
     advice = ["--per_device_train_batch_size", "1"]
     assert run("00_check_gpu.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
     result = run("00_check_gpu.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
@@ -189,10 +189,9 @@ LESS += "        raise OSError('no library')\n    return load(name)\n\nctypes.cd
     ("options", "needs"),
     [
         ([], "error: paged_adamw_32bit needs bitsandbytes, bitsandbytes: RuntimeError: no native library"),
-        (
-            ["--optim", "adamw_torch", "--load_in_4bit", "true"],
-            "error: 4-bit weights need bitsandbytes, bitsandbytes: ",
-        ),
+        (["--optim", "adamw_torch", "--load-in-4bit"], "error: quantized weights need bitsandbytes, bitsandbytes: "),
+        (["--optim", "lion_32bit"], "error: lion_32bit needs bitsandbytes, bitsandbytes: "),
+        (["--optim", "adamw_torch_8bit"], None),
         (["--optim", "adamw_torch_fused"], None),
     ],
 )
@@ -210,16 +209,43 @@ def test_bitsandbytes_without_its_library_stops_what_needs_it(options, needs, tm
     ("arguments", "said"),
     [
         (["--model", "nowhere"], "no model at 'nowhere'"),
-        (["--model", "model", "--method", "lora", "--", "--lora_target_modules", "c_attn"], "c_attn is none of q_proj"),
-        (["--model", "other"], "its config has no hidden_size"),
+        (["--model", "model", "--method", "lora", "--", "--lora_r", "many"], "cannot read the options of the training"),
+        (["--model", "model", "--method", "lora", "--", "--config", "no.yaml"], "No such file or directory: 'no.yaml'"),
     ],
 )
 def test_bad_input_is_named(arguments, said, tmp_path):
     save_config(tmp_path / "model", **SIZES)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text('{"model_type": "gpt2", "n_embd": 768}')
     result = run("00_check_gpu.py", *arguments, cwd=tmp_path)
     assert result.returncode == 1 and said in result.stderr and len(result.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        ({"model_type": "gpt2", "n_embd": 768}, [], "its config has no hidden_size"),
+        ({**LlamaConfig(**SIZES).to_dict(), "num_local_experts": 8}, [], "it is a mixture of experts"),
+        (LlamaConfig(**SIZES).to_dict(), ["--lora_target_modules", "c_attn"], "LoRA on c_attn is not counted"),
+    ],
+)
+def test_a_model_that_the_formulas_do_not_know_is_trained_without_a_prediction(config, options, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["--model", tmp_path, "--method", "lora", "--output", "memory.json", "--"]
+    result = run("00_check_gpu.py", *command, "--optim", "adamw_torch", *options, cwd=tmp_path)
+    assert result.returncode == 0 and said in result.stdout
+    assert json.loads((tmp_path / "memory.json").read_text())["predictions"] == []
+
+
+def test_qlora_is_predicted_as_its_recipe_says():
+    read = script.read_settings(["--config", str(ROOT / "env/recipes/qlora.yaml")], {})
+    assert read == settings(**script.QLORA)
+
+
+def test_the_state_of_a_paged_optimizer_is_not_pytorchs():
+    llama = LlamaConfig().to_dict()
+    paged = script.predict_memory(llama, "full", settings(), 512, "gpu")
+    assert paged["peak"] - paged["allocated"] == 8 * 6_738_415_616
+    plain = script.predict_memory(llama, "full", settings(optim="adamw_torch_fused"), 512, "gpu")
+    assert plain["allocated"] == plain["peak"] == paged["peak"]
 
 
 def test_run_json_keeps_predicted_beside_measured(tiny_model, question_rows, tmp_path):
