@@ -134,7 +134,7 @@ def probe_bitsandbytes() -> dict:
     built = re.search(r"(rocm|cuda)\d+", name)
     kind, version = wanted.lower().split()
     needed = kind + "".join(version.split(".")[:2])
-    return {"library": name, "built_for": built[0] if built else None, "torch_for": needed}
+    return {"library": name, "built_for": built and built[0], "torch_for": built and needed}
 
 
 def within_bound(found, expected, bound: float) -> dict:
