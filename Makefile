@@ -195,7 +195,7 @@ clean: ## remove what the steps left in OUT
 
 distclean: clean ## remove the Python environment too
 	@if [ -e $(VENV)/backend ]; then rm -rf $(VENV); fi
-	rm -f $(VENV).settings
+	rm -f $(VENV).settings $(VENV).settings.before
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 # What a step was run with is kept in a file that is rewritten only when it differs, so that the step runs again just
@@ -211,23 +211,26 @@ $(OUT)/.args/evaluated: export TEXT = $(evaluated)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
 keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; }
 $(VENV).settings: FORCE
-	$(keep_text)
+	@mkdir -p $(@D)
+	cp -p $@ $@.before 2> /dev/null || true
+	[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] && rm -f $@.before || printf '%s\n' "$$TEXT" > $@
 $(OUT)/.args/%: FORCE
 	$(keep_text)
 
 # Environment ----------------------------------------------------------------------------------------------------------
-# make -n calls the script too, which then only prints its commands; so do -t and -q.
+# make -n calls the script too, which then only prints its commands; so do -t and -q. What a setup was asked for that did
+# not succeed is forgotten.
 short_flags = $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run = $(if $(findstring n,$(short_flags))$(findstring t,$(short_flags))$(findstring q,$(short_flags)),--dry-run)
 $(VENV)/installed: env/setup.sh $(wildcard env/locks/*.txt) $(VENV).settings
-	+@env/setup.sh $(dry_run)
+	+@env/setup.sh $(dry_run) || { [ ! -e $(VENV).settings.before ] || mv $(VENV).settings.before $(VENV).settings; exit 1; }
 
 $(VENV)/tested: $(VENV)/installed
 	$(PY) -m pip install --no-deps -r env/locks/test.txt
 	touch $@
 
 # Exit status 2 of the check: ready, with warnings.
-check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed 's/cuda\|rocm/gpu/' $(VENV)/backend)"
+check = $(PY) scripts/00_check_gpu.py --output $(1) --require "$$(sed -E 's/cuda|rocm/gpu/' $(VENV)/backend)"
 $(OUT)/check/report.json: scripts/00_check_gpu.py $(VENV)/installed
 	$(call check,$@) || [ $$? = 2 ]
 

@@ -260,6 +260,7 @@ def test_what_was_asked_for_holds_until_something_else_is(tmp_path):
     assert "--index-url https://download.pytorch.org/whl/cu126" in project.make("-n", "setup").stdout
     assert "pip install --no-deps -r env/locks/cuda.txt" in project.make("-n", "setup", "TORCH_INDEX=").stdout
     assert project.make("setup", "BACKEND=nonsense").returncode == 2
+    assert project.make("setup").stdout == ".venv is up to date\n"  # what was refused is forgotten
 
 
 @pytest.mark.parametrize(("variables", "ends"), [({}, True), ({"TORCH_VERSION": "2.12.1"}, False)])
