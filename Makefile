@@ -59,7 +59,7 @@ $(error there is no $(recipe_file). Type RECIPE= with one of: $(patsubst env/rec
 endif
 recipe_full := $(or $(wildcard $(recipe_file:.yaml=-full.yaml)),$(recipe_file))
 ifneq ($(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell grep -E '^load_in_[48]bit: *true' $(recipe_full))),)
-$(error $(recipe_full) quantizes the weights, and train-full trains them. Type: make train-lora RECIPE=$(RECIPE), or take another RECIPE)
+$(error $(recipe_full) quantizes the weights, and train-full trains them. Type: make train-lora RECIPE=$(RECIPE)$(if $(filter-out outputs,$(OUT)), OUT=$(OUT)), or take another RECIPE)
 endif
 ready := $(VENV)/installed $(OUT)/check/report.json
 

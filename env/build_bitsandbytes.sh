@@ -22,8 +22,12 @@ tag=${BNB_TAG:-$release}
 origin=${BNB_SOURCE:-https://github.com/bitsandbytes-foundation/bitsandbytes}
 jobs=${JOBS:-$(nproc)}
 rocm=${ROCM_PATH:-/opt/rocm}
-again="bash $0"
-[ -z "${MAKELEVEL:-}" ] || again="make bitsandbytes"
+plain="bash $0" given=PYTHON
+[ -z "${MAKELEVEL:-}" ] || plain="make bitsandbytes" given=""
+again=$plain # with what was given
+for name in $given COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE; do
+    [ -z "${!name:-}" ] || again="$name=$(printf %q "${!name}") $again"
+done
 unset MAKEFLAGS MAKELEVEL # the make that compiles is none of the calling one's
 
 fail() {
@@ -119,7 +123,7 @@ PROBE
 }
 
 # What there is -----------------------------------------------------------------------------------------------------
-command -v "$python" > /dev/null || fail "there is no $python. Type: PYTHON=/path/to/python $again"
+command -v "$python" > /dev/null || fail "there is no $python. Type: PYTHON=/path/to/python $plain"
 python=$(command -v "$python")
 [[ $python = /* ]] || python=$PWD/$python
 work=$(mktemp -d)
@@ -143,12 +147,12 @@ backend=${COMPUTE_BACKEND:-$default}
 arch=${BNB_ROCM_ARCH:-${archs:-gfx942}}
 case "$backend" in
     hip | cuda | cpu) ;;
-    *) fail "COMPUTE_BACKEND=$backend is unknown. Type: COMPUTE_BACKEND=hip $again, or cuda, or cpu" ;;
+    *) fail "COMPUTE_BACKEND=$backend is unknown. Type: COMPUTE_BACKEND=hip $plain, or cuda, or cpu" ;;
 esac
 [[ $arch =~ ^gfx[^,\ \;]+(\;gfx[^,\ \;]+)*$ ]] ||
-    fail "BNB_ROCM_ARCH=$arch is no list of architectures. Type: BNB_ROCM_ARCH=\"gfx90a;gfx942\" $again"
+    fail "BNB_ROCM_ARCH=$arch is no list of architectures. Type: BNB_ROCM_ARCH=\"gfx90a;gfx942\" $plain"
 [ "$backend $accelerator" != "cpu visible" ] ||
-    fail "torch sees an accelerator: a library for the CPU would not be loaded. Type: COMPUTE_BACKEND=$built $again"
+    fail "torch sees an accelerator: a library for the CPU would not be loaded. Type: COMPUTE_BACKEND=$built $plain"
 
 missing=()
 if [ "$backend" != cpu ] && [ "$backend" != "$built" ]; then
@@ -202,7 +206,7 @@ if [ -e "$origin/bitsandbytes/__init__.py" ]; then
         tar -C "$work/source" -xf -
 else
     git -c advice.detachedHead=false clone --depth 1 --branch "$tag" "$origin" "$work/source" ||
-        fail "cannot clone tag $tag of $origin. Type: BNB_SOURCE=folder-with-the-source $again, or BNB_TAG=another"
+        fail "cannot clone tag $tag of $origin. Type: FORCE=1 BNB_SOURCE=folder-with-the-source $plain, or BNB_TAG=another"
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$work/source/bitsandbytes/__init__.py")
 [ "$version" = "$tag" ] || echo "note: the source is version $version, not $tag"

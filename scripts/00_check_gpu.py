@@ -483,7 +483,7 @@ def judge_probes(probes: dict, torch: dict, variables: dict) -> list[Finding]:
         page = (
             f"ask for access at https://huggingface.co/{model[1]}, then HF_TOKEN= in .env"
             if model
-            else "hf auth whoami"
+            else "try again when the network is there, or take BASE_MODEL=FOLDER"
         )
         findings.append(Finding("error", f"the Hugging Face Hub: {broken['hub']}", page))
     return findings
@@ -725,15 +725,15 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
     return {**parts, "peak": peak, "allocated": peak - (parts["optimizer"] if paged else 0)}
 
 
-def read_settings(options: list[str], base: dict) -> dict:
-    """SETTINGS as a training script would read them: base, then --config, then the options; others are passed over."""
+def read_settings(options: list[str], base: dict) -> tuple[dict, list[str]]:
+    """SETTINGS as a training script would read them: base, then --config, then the options. And the other options."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*")
         if isinstance(default, bool):
             parser.add_argument(f"--no_{name}", action="store_const", const=["false"], dest=name)
-    given, _ = parser.parse_known_args(options)
+    given, others = parser.parse_known_args(options)
     settings = {**SETTINGS, **base}
     if given.config:
         import yaml
@@ -750,7 +750,17 @@ def read_settings(options: list[str], base: dict) -> dict:
             settings[name] = not values or values[0].lower() in ("true", "1", "yes")
         else:
             settings[name] = values if isinstance(default, list) else type(default)(values[0])
-    return settings
+    return settings, others
+
+
+def check_settings(method: str, settings: dict) -> str:
+    """What no training can have, or nothing."""
+    if settings["dtype"] not in ("float32", "bfloat16", "float16"):
+        return f"--dtype {settings['dtype']} is none of float32, bfloat16, float16"
+    if settings["per_device_train_batch_size"] < 1 or settings["max_length"] < 1 or settings["lora_r"] < 1:
+        return "--per_device_train_batch_size, --max_length and --lora_r are at least 1"
+    quantized = settings["load_in_4bit"] or settings["load_in_8bit"]
+    return "quantized weights are not trained in full" if quantized and method == "full" else ""
 
 
 def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
@@ -764,8 +774,10 @@ def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
 
 
 def fits(peak: int, where: str, memory: int) -> bool:
-    """On an accelerator the context of the driver (1 GiB) and gaps between tensors (5 %) come on top."""
-    return (peak if where == "cpu" else peak * 1.05 + 2**30) <= memory
+    """On an accelerator the context of the driver (1 GiB) and gaps between tensors (5 %) come on top; on the CPU a fifth
+    of it, by which a prediction may be off.
+    """
+    return (peak * 1.2 if where == "cpu" else peak * 1.05 + 2**30) <= memory
 
 
 def read_config(model: str, timeout: float) -> dict:
@@ -776,27 +788,36 @@ def read_config(model: str, timeout: float) -> dict:
         fail(f"no model at {model!r}. Give a hub id (user/name) or a folder with a config.json.")
     answer = run_probe("hub", timeout, model)
     if answer["status"] != "passed":
-        fail(f"cannot read the config of {model}: {answer['error']}. Type: make setup, or give a folder.")
+        mend = "Type: make setup" if "ModuleNotFoundError" in answer["error"] else "See to the network and the access"
+        fail(f"cannot read the config of {model}: {answer['error']}. {mend}, or give a folder with a config.json.")
     return answer["facts"]["config"]
 
 
 def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: int) -> list[Finding]:
-    """Whether a training fits, and if not, the smallest change that makes it fit."""
+    """Whether a training fits, and if not, what does."""
     if prediction["fits"]:
         return []
     method, settings, tokens = prediction["method"], prediction["settings"], prediction["tokens"]
     needed = f"{prediction['bytes']['peak'] / 2**30:.1f} GiB"
     cause = f"{method} needs {needed}, there are {memory / 2**30:.1f} ({name})"
-    recompute, one = {"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}
-    changes = [recompute, one, recompute | one]
+    force = "(all the same: FORCE=1 with Make, --force here)"
+
+    def would_fit(method: str, change: dict) -> bool:
+        return fits(predict_memory(config, method, settings | change, tokens, where)["peak"], where, memory)
+
+    recompute, short = {"gradient_checkpointing": True}, {"dtype": "bfloat16"}
+    batches = [settings["per_device_train_batch_size"] // 2**power for power in range(1, 20)]
+    smaller = [{"per_device_train_batch_size": batch} for batch in batches if batch]
+    changes = [recompute, *smaller, *(recompute | change for change in smaller)]
     if method == "lora":
-        short = {"dtype": "bfloat16"}
-        changes += [recompute | one | short, recompute | one | short | {"load_in_4bit": True}]
+        changes += [recompute | change | short for change in smaller[-1:]]
     for change in changes:
-        if fits(predict_memory(config, method, settings | change, tokens, where)["peak"], where, memory):
+        if would_fit(method, change):
             options = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
-            return [Finding("error", cause, f"add to ARGS: {options}   (or: FORCE=1)")]
-    return [Finding("error", f"{cause}, whatever the batch", "take a smaller model   (or: FORCE=1)")]
+            return [Finding("error", cause, f"add the option {options}   {force}")]
+    if would_fit("lora", QLORA):
+        return [Finding("error", cause, f"make train-lora RECIPE=qlora   {force}")]
+    return [Finding("error", f"{cause}, whatever the batch", f"take a smaller model   {force}")]
 
 
 def judge_needs(settings: dict, timeout: float) -> list[Finding]:
@@ -826,18 +847,23 @@ def what_fits(args: argparse.Namespace) -> int:
     trainings = []
     try:
         if args.method:
-            settings = read_settings(args.options, {})
+            method = args.method.removeprefix("q")
+            settings, others = read_settings(args.options, QLORA if args.method == "qlora" else {})
+            if wrong := check_settings(method, settings):
+                raise ValueError(wrong)
+            if others:
+                print(f"Options that do not count for the memory: {' '.join(others)}")
             tokens = settings["max_length"]
             if args.audit:
                 tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
-            trainings = [(args.method, args.method, settings, tokens)]
+            trainings = [(args.method, method, settings, tokens)]
         else:
             for label, (method, base) in METHODS.items():
                 for batch in args.batch:
-                    settings = read_settings(args.options, base) | {"per_device_train_batch_size": batch}
+                    settings = SETTINGS | base | {"per_device_train_batch_size": batch}
                     trainings += [(label, method, settings, tokens) for tokens in args.length]
     except Exception as error:  # of a file, of YAML, of a value
-        fail(f"cannot read the options of the training: {' '.join(str(error).split())}. Mend them: {args.options}")
+        fail(f"cannot read the options of the training: {' '.join(str(error).split())}. Mend {' '.join(args.options)}")
 
     predictions = []
     if reason := unknown_to(config, trainings[0][2]["lora_target_modules"]):
@@ -852,7 +878,17 @@ def what_fits(args: argparse.Namespace) -> int:
             line = f"{label:26}{settings['per_device_train_batch_size']:6}{tokens:7}"
             line += "".join(f"{sizes[part] / 2**30:12.2f}" for part in parts)
             print(f"{line}  {'fits' if fit else 'does not fit'}")
-            predictions.append({"method": label, "tokens": tokens, "settings": settings, "bytes": sizes, "fits": fit})
+            predictions.append(
+                {
+                    "method": method if args.method else label,
+                    "tokens": tokens,
+                    "settings": settings,
+                    "bytes": sizes,
+                    "fits": fit,
+                }
+            )
+        margin = "a fifth of it, by which it may be off" if where == "cpu" else "1 GiB for the driver and 5 % for gaps"
+        print(f"What fits: the peak and {margin}.")
     findings = []
     if args.method:
         findings = [found for each in predictions for found in judge_memory(each, config, where, name, memory)]
@@ -884,7 +920,7 @@ def main() -> None:
     add("--access", metavar="HUB_ID", help="a model on the hub: check the access to it")
     add("--model", help="hub id or folder: predict what fits instead of checking the machine")
     add("--memory", type=float, metavar="GIB", help="memory of an accelerator that is not here; MI300X 192, H100 80")
-    add("--method", choices=["lora", "full"], help="predict this one training, with its options after --, and fail "
+    add("--method", choices=["lora", "qlora", "full"], help="predict this one training, with its options after --, and fail "
         "if it does not fit or if the bitsandbytes that it needs does not work")  # fmt: skip
     add("--batch", type=int, nargs="+", default=[1, 4], help="rows in a batch, of the table (default: 1 4)")
     add("--length", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of the longest row, of the table")
@@ -899,6 +935,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.probe:
         answer_probe(args.probe, args.options)
+    if args.options and not args.method:
+        fail("options of a training stand after -- only with --method. See --help.")
+    if (args.memory is not None or args.method) and not args.model:
+        fail("--memory and --method need --model. See --help.")
+    if args.memory is not None and args.memory <= 0:
+        fail("--memory is in GiB, above 0. See --help.")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     sys.exit(what_fits(args) if args.model else examine(args))

@@ -162,8 +162,10 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     assert result.returncode == 1 and not (tmp_path / "memory.json").exists()
     cause, mend = result.stderr.splitlines()
     assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
-    assert mend == "    type: add to ARGS: --per_device_train_batch_size 1   (or: FORCE=1)"
-    advice = ["--per_device_train_batch_size", "1"]
+    assert mend.startswith(
+        "    type: add the option --per_device_train_batch_size 2   (all the same: FORCE=1 with Make"
+    )
+    advice = ["--per_device_train_batch_size", "2"]
     assert run("00_check_gpu.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
     result = run("00_check_gpu.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
     assert result.returncode == 0 and "error: lora needs" in result.stderr
@@ -174,7 +176,8 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
 def test_options_of_the_training_and_its_recipe_decide(tmp_path):
     (tmp_path / "recipe.yaml").write_text("lora_r: 16\nlora_target_modules: [all-linear]\nbf16: true\nseed: 3\n")
     given = ["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "4", "--max_length=256", "--gradient_checkpointing"]
-    read = script.read_settings([*given, "--lora", "9", "--save_steps", "7"], {"dtype": "bfloat16"})
+    read, others = script.read_settings([*given, "--lora", "9", "--save_steps", "7"], {"dtype": "bfloat16"})
+    assert others == ["--lora", "9", "--save_steps", "7"]
     assert read == settings(
         dtype="bfloat16", bf16=True, lora_r=4, lora_target_modules=["all-linear"], max_length=256,
         gradient_checkpointing=True,
@@ -211,6 +214,11 @@ def test_bitsandbytes_without_its_library_stops_what_needs_it(options, needs, tm
         (["--model", "nowhere"], "no model at 'nowhere'"),
         (["--model", "model", "--method", "lora", "--", "--lora_r", "many"], "cannot read the options of the training"),
         (["--model", "model", "--method", "lora", "--", "--config", "no.yaml"], "No such file or directory: 'no.yaml'"),
+        (["--model", "model", "--method", "lora", "--", "--max_length", "0"], "are at least 1"),
+        (["--model", "model", "--method", "lora", "--", "--dtype", "float17"], "is none of float32"),
+        (["--model", "model", "--method", "full", "--", "--load_in_4bit"], "quantized weights are not trained in full"),
+        (["--model", "model", "--", "--lora_r", "8"], "only with --method"),
+        (["--memory", "24"], "--memory and --method need --model"),
     ],
 )
 def test_bad_input_is_named(arguments, said, tmp_path):
@@ -236,7 +244,7 @@ def test_a_model_that_the_formulas_do_not_know_is_trained_without_a_prediction(c
 
 
 def test_qlora_is_predicted_as_its_recipe_says():
-    read = script.read_settings(["--config", str(ROOT / "env/recipes/qlora.yaml")], {})
+    read, _ = script.read_settings(["--config", str(ROOT / "env/recipes/qlora.yaml")], {})
     assert read == settings(**script.QLORA)
 
 
