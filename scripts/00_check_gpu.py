@@ -774,8 +774,8 @@ def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
 
 
 def fits(peak: int, where: str, memory: int) -> bool:
-    """On an accelerator the context of the driver (1 GiB) and gaps between tensors (5 %) come on top; on the CPU a fifth
-    of it, by which a prediction may be off.
+    """On an accelerator the context of the driver (1 GiB) and gaps between tensors (5 %) come on top; on the CPU a
+    fifth of it, by which a prediction may be off.
     """
     return (peak * 1.2 if where == "cpu" else peak * 1.05 + 2**30) <= memory
 
@@ -920,8 +920,8 @@ def main() -> None:
     add("--access", metavar="HUB_ID", help="a model on the hub: check the access to it")
     add("--model", help="hub id or folder: predict what fits instead of checking the machine")
     add("--memory", type=float, metavar="GIB", help="memory of an accelerator that is not here; MI300X 192, H100 80")
-    add("--method", choices=["lora", "qlora", "full"], help="predict this one training, with its options after --, and fail "
-        "if it does not fit or if the bitsandbytes that it needs does not work")  # fmt: skip
+    add("--method", choices=["lora", "qlora", "full"], help="predict this one training, with its options after --, "
+        "and fail if it does not fit or if the bitsandbytes that it needs does not work")  # fmt: skip
     add("--batch", type=int, nargs="+", default=[1, 4], help="rows in a batch, of the table (default: 1 4)")
     add("--length", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of the longest row, of the table")
     add("--audit", type=Path, metavar="FILE", help="report of audit_tokens.py: the longest row is taken from there")
