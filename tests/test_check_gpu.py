@@ -203,10 +203,11 @@ def test_each_fault_of_the_system_is_found(system, torch, require, level, cause,
     [
         ({"nvidia": NVIDIA["nvidia"], "amd": {**HEALTHY["amd"], "on_pci_bus": 0}}, H100_CUDA, "gpu"),
         ({"amd": {**HEALTHY["amd"], "on_pci_bus": 0, "gpus": [{"arch": "gfx1103"}]}}, CPU, "auto"),
+        ({"nvidia": NVIDIA["nvidia"]}, H100_CUDA, "gpu"),
         (NO_AMD, CPU, "auto"),
         ({"variables": {"HIP_VISIBLE_DEVICES": "3"}}, ROCM, "gpu"),
     ],
-    ids=["NVIDIA beside AMD graphics", "AMD graphics without ROCm", "CPU", "one device chosen"],
+    ids=["NVIDIA beside AMD graphics", "AMD graphics without ROCm", "NVIDIA beside AMD", "CPU", "one device chosen"],
 )  # fmt: skip
 def test_a_system_without_fault_is_found_to_have_none(system, torch, require):
     assert load("00_check_gpu.py").judge_system(HEALTHY | system, torch, require) == []
@@ -263,6 +264,16 @@ def test_each_fault_that_a_probe_shows_is_found(probes, variables, level, cause,
     assert script.judge_probes(healthy, ROCM, {}) == []
     (finding,) = script.judge_probes(healthy | probes, ROCM, variables)
     assert finding.level == level and cause in finding.cause and finding.command.startswith(command)
+
+
+def test_the_torch_of_an_image_may_be_another():
+    script = load("00_check_gpu.py")
+    probes = {name: passed() for name in script.PROBES}
+    probes["packages"] = passed(versions=script.PINS | {"torch": "2.10.0+rocm7.2.4"}, missing={})
+    probes["bitsandbytes"] = passed(library="lib_rocm72.so", built_for="rocm72", torch_for="rocm72")
+    assert script.judge_probes(probes, ROCM | {"preinstalled": True}, {}) == []
+    (finding,) = script.judge_probes(probes, ROCM, {})
+    assert "torch 2.10.0+rocm7.2.4 instead of" in finding.cause and finding.command == "make setup"
 
 
 def test_a_probe_that_crashes_or_hangs_is_a_finding_and_not_the_end(tmp_path):

@@ -248,6 +248,15 @@ def test_qlora_is_predicted_as_its_recipe_says():
     assert read == settings(**script.QLORA)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_each"),
+    [("adamw_torch_fused", 8), ("paged_adamw_8bit", 2), ("adamw_torch_4bit", 1), ("lion_32bit", 4), ("sgd", 0)],
+)
+def test_the_state_of_an_optimizer_is_its_moments(optimizer, bytes_each):
+    parts = script.predict_memory(LlamaConfig().to_dict(), "full", settings(optim=optimizer), 512, "gpu")
+    assert parts["optimizer"] == bytes_each * 6_738_415_616
+
+
 def test_the_state_of_a_paged_optimizer_is_not_pytorchs():
     llama = LlamaConfig().to_dict()
     paged = script.predict_memory(llama, "full", settings(), 512, "gpu")
