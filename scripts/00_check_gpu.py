@@ -610,7 +610,6 @@ def count_weights(config: dict, targets: list[str], rank: int) -> dict:
         "total": embedding + head_weights + quantizable + norms + biases,
         "quantizable": quantizable,
         "adapter": layers * rank * sum(into + out for into, out in chosen.values()),
-        "linear": linear,
         "targets": chosen,
         "query": query,
     }
@@ -844,11 +843,12 @@ def what_fits(args: argparse.Namespace) -> int:
         where, name, memory = "gpu", f"{args.memory:g} GiB", int(args.memory * 2**30)
     else:
         where, name, memory = find_memory(run_probe("torch", args.timeout).get("facts"), args.root)
-    trainings = []
     try:
         if args.method:
             method = args.method.removeprefix("q")
             settings, others = read_settings(args.options, QLORA if args.method == "qlora" else {})
+            if settings["dtype"] == "auto":  # the checkpoint's own
+                settings["dtype"] = config.get("dtype") or config.get("torch_dtype") or "float32"
             if wrong := check_settings(method, settings):
                 raise ValueError(wrong)
             if others:
@@ -858,6 +858,7 @@ def what_fits(args: argparse.Namespace) -> int:
                 tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
             trainings = [(args.method, method, settings, tokens)]
         else:
+            trainings = []
             for label, (method, base) in METHODS.items():
                 for batch in args.batch:
                     settings = SETTINGS | base | {"per_device_train_batch_size": batch}

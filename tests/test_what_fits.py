@@ -243,6 +243,14 @@ def test_a_model_that_the_formulas_do_not_know_is_trained_without_a_prediction(c
     assert json.loads((tmp_path / "memory.json").read_text())["predictions"] == []
 
 
+def test_the_checkpoints_own_type_is_taken_where_asked_for(tmp_path):
+    model = save_config(tmp_path / "model", **SIZES, dtype="bfloat16")
+    command = ["--model", model, "--method", "lora", "--output", "memory.json", "--", "--optim", "adamw_torch"]
+    assert run("00_check_gpu.py", *command, "--dtype", "auto", cwd=tmp_path).returncode == 0
+    (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
+    assert row["settings"]["dtype"] == "bfloat16"
+
+
 def test_qlora_is_predicted_as_its_recipe_says():
     read, _ = script.read_settings(["--config", str(ROOT / "env/recipes/qlora.yaml")], {})
     assert read == settings(**script.QLORA)
