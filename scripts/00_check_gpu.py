@@ -903,14 +903,18 @@ def what_fits(args: argparse.Namespace) -> int:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
 def main() -> None:

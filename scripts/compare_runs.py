@@ -12,6 +12,7 @@ Writes  report/comparison.md and report/comparison.json.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,7 +60,8 @@ ROWS = {
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
 def read_run(file: Path) -> dict:
@@ -133,9 +135,12 @@ def format_table(columns: dict[str, dict]) -> str:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
 
 
@@ -167,4 +172,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

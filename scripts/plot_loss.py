@@ -12,6 +12,7 @@ Writes  a picture; the end of --output names the format (.png, .svg, .pdf).
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import matplotlib.pyplot as plt
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
 def read_run(file: Path) -> dict:
@@ -72,4 +74,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

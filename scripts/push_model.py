@@ -14,6 +14,7 @@ Only files of the folder itself are uploaded; a link that leads out of it stops 
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ from huggingface_hub import HfApi, get_token
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -72,4 +74,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

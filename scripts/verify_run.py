@@ -17,6 +17,7 @@ writes the curve of a run to a file.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ ARGUMENTS = """
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    token = os.environ.get("HF_TOKEN")
+    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
 def read_run(file: Path) -> dict:
@@ -119,9 +121,12 @@ def compare(curve: dict, run: dict) -> str | None:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
 
 
@@ -158,4 +163,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -86,8 +88,15 @@ def write_rows(file: Path, rows: list) -> Path:
     return file
 
 
+def start(script: str | Path, *args, cwd: Path) -> "Process":
+    """Starts a script as a process that has imported its libraries already."""
+    return Process(script if isinstance(script, Path) else ROOT / "scripts" / script, args, cwd)
+
+
 def run(script: str | Path, *args, cwd: Path, **environment) -> subprocess.CompletedProcess:
     """Runs a script as a user does; script is a name in scripts/ or a path."""
+    if not environment:
+        return start(script, *args, cwd=cwd).wait()
     path = script if isinstance(script, Path) else ROOT / "scripts" / script
     return subprocess.run(
         [sys.executable, str(path), *map(str, args)],
@@ -97,6 +106,35 @@ def run(script: str | Path, *args, cwd: Path, **environment) -> subprocess.Compl
         text=True,
         stdin=subprocess.DEVNULL,
     )
+
+
+class Process:
+    """A script that runs in a fork of zygote.py."""
+
+    zygote = None
+
+    def __init__(self, path: Path, args: tuple, cwd: Path):
+        if Process.zygote is None:
+            Process.zygote = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", ROOT / "tests/zygote.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        self.folder = Path(tempfile.mkdtemp(prefix="process-"))
+        self.args = [str(path), *map(str, args)]
+        self.number = self.ask(argv=self.args, cwd=str(cwd), out=str(self.folder / "out"), err=str(self.folder / "err"))
+
+    def ask(self, **order) -> int:
+        Process.zygote.stdin.write(json.dumps(order) + "\n")
+        Process.zygote.stdin.flush()
+        return int(Process.zygote.stdout.readline())
+
+    def wait(self) -> subprocess.CompletedProcess:
+        status = self.ask(wait=self.number)
+        out, err = ((self.folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        shutil.rmtree(self.folder)
+        return subprocess.CompletedProcess(self.args, status, out, err)
 
 
 def load(script: str):
