@@ -33,6 +33,8 @@ $(eval $(call setting,ARGS,))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,FROM,adapter))
 $(eval $(call setting,REPO,))
+$(eval $(call setting,RESTART,))
+$(eval $(call setting,RUN,))
 $(eval $(call setting,VENV,.venv))
 # What the environment was made with holds until something else is asked for.
 kept = $(patsubst $(1)=%,%,$(filter $(1)=%,$(file <$(VENV).settings)))
@@ -42,10 +44,12 @@ $(eval $(call setting,TORCH_VERSION,$(call kept,TORCH_VERSION)))
 $(eval $(call setting,PYTHON,$(or $(call kept,PYTHON),python3)))
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
 $(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
-ifneq ($(words $(OUT)) $(words $(VENV)),1 1)
-$(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces)
+# These two stand in commands as they are.
+special = $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) \ : %,$(findstring $(mark),$(1)))
+ifneq ($(strip $(words $(OUT)) $(words $(VENV)) $(call special,$(OUT)$(VENV))),1 1)
+$(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces and without marks that mean something to a shell)
 endif
-export BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
+export RUN BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -107,8 +111,8 @@ endif
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test bench lint lock docker-run clean distclean FORCE
+.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
+	evaluate verify verify-tutorial push test test-faults bench lint lock docker-run clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -119,6 +123,7 @@ help: ## this list
 	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
 	echo "  BACKEND=$(BACKEND) TORCH_INDEX=$(TORCH_INDEX) TORCH_VERSION=$(TORCH_VERSION) PYTHON=$(PYTHON) VENV=$(VENV)"
 	echo "  FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  RESTART=1 begins a training anew that was interrupted; RUN=.../run.json is for reproduce"
 	echo "  for bitsandbytes: $(build_settings)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm|preinstalled)
@@ -142,6 +147,15 @@ train-lora: $(addprefix $(OUT)/lora/,run.json loss.png adapter/README.md) ## fin
 
 train-full: $(addprefix $(OUT)/full/,run.json loss.png model/README.md) ## fine-tune all parameters and save the model
 	@echo "$(OUT)/full is up to date"
+
+reproduce: | $(VENV)/installed ## train again from RUN=.../run.json alone, in another OUT, and compare
+	@$(PY) scripts/reproduce_run.py "$$RUN" --output_dir $(OUT)
+	mapfile -t of < $(OUT)/reproduce.txt
+	again() { $(MAKE) --no-print-directory OUT=$(OUT) RECIPE=$(OUT)/reproduce.yaml BASE_MODEL="$${of[1]}" DATASET="$${of[2]}" \
+		VALIDATION_ROWS="$${of[3]}" RESTART= "$$@"; }
+	again download ARGS="$${of[4]}"
+	again "$${of[0]}" ARGS=
+	$(PY) scripts/reproduce_run.py "$$RUN" --compare $(OUT)/$${of[5]}/run.json
 
 compare: $(OUT)/report/comparison.json $(OUT)/report/comparison.png ## set the two trainings side by side
 	@cat $(OUT)/report/comparison.md
@@ -177,6 +191,9 @@ push: $(from_folder)/README.md ## upload FROM=adapter|full|merged to REPO=user/n
 test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 
+test-faults: $(VENV)/tested ## kill, fill the disk, damage files, and see that nothing is lost (15 minutes)
+	@FAULTS=full $(PY) -m pytest tests/test_faults.py -v -s -p no:warnings $(ARGS)
+
 bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop, of train-full with FROM=full
 	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset \
 		$(if $(filter full,$(FROM)),--full) $(addprefix --recipe ,$(if $(filter full,$(FROM)),$(recipe_full),$(recipe_file))) $(ARGS)
@@ -191,7 +208,8 @@ docker-run: ## print how to build and to run the Docker image for ROCm
 	@env/docker_run.sh
 
 clean: ## remove what the steps left in OUT
-	@rm -rf $(addprefix $(OUT)/,.args check answers base-model base-model.tmp dataset dataset.tmp full lora merged report)
+	@rm -rf $(addprefix $(OUT)/,.args .lock check answers base-model dataset full lora merged report reproduce.txt reproduce.yaml) \
+		$(OUT)/base-model.* $(OUT)/dataset.*
 
 distclean: clean ## remove the Python environment too
 	@if [ -e $(VENV)/backend ]; then rm -rf $(VENV); fi
@@ -266,16 +284,20 @@ $(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(if $(wildcard $(OUT)/
 $(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json $(if $(wildcard $(OUT)/full/run.json),,FORCE)
 	$(call predict,full,$(recipe_full))
 
+# A training is begun in the place of the shell, so that it gets the signals.
+restart = $(if $(filter 1,$(RESTART)),$(if $(filter tutorial train-$(1),$(MAKECMDGOALS)),$(2)))
 data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
 $(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora \
-		| $(OUT)/check/memory-lora.json
-	$(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
-		--memory_prediction $(OUT)/check/memory-lora.json --output_dir $(OUT)/lora $(call args,train-lora)
+		$(call restart,lora,FORCE) | $(OUT)/check/memory-lora.json
+	exec $(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
+		--memory_prediction $(OUT)/check/memory-lora.json --output_dir $(OUT)/lora $(call restart,lora,--restart true) \
+		$(call args,train-lora)
 
 $(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full \
-		| $(OUT)/check/memory-full.json
-	$(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_full)) \
-		--memory_prediction $(OUT)/check/memory-full.json --output_dir $(OUT)/full $(call args,train-full)
+		$(call restart,full,FORCE) | $(OUT)/check/memory-full.json
+	exec $(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_full)) \
+		--memory_prediction $(OUT)/check/memory-full.json --output_dir $(OUT)/full $(call restart,full,--restart true) \
+		$(call args,train-full)
 
 $(OUT)/%/loss.png: scripts/plot_loss.py $(OUT)/%/run.json
 	$(PY) scripts/plot_loss.py $(OUT)/$*/run.json --output $@

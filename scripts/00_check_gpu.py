@@ -792,6 +792,19 @@ def read_config(model: str, timeout: float) -> dict:
     return answer["facts"]["config"]
 
 
+def list_savings(method: str, settings: dict) -> list[dict]:
+    """Changes of the settings that save memory, those that cost least first."""
+    recompute, short = {"gradient_checkpointing": True}, {"dtype": "bfloat16"}
+    batches = [settings["per_device_train_batch_size"] // 2**power for power in range(1, 20)]
+    smaller = [{"per_device_train_batch_size": batch} for batch in batches if batch]
+    changes = [recompute, *smaller, *(recompute | change for change in smaller)]
+    return changes + ([recompute | change | short for change in smaller[-1:]] if method == "lora" else [])
+
+
+def write_options(change: dict) -> str:
+    return " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
+
+
 def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: int) -> list[Finding]:
     """Whether a training fits, and if not, what does."""
     if prediction["fits"]:
@@ -804,16 +817,9 @@ def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: 
     def would_fit(method: str, change: dict) -> bool:
         return fits(predict_memory(config, method, settings | change, tokens, where)["peak"], where, memory)
 
-    recompute, short = {"gradient_checkpointing": True}, {"dtype": "bfloat16"}
-    batches = [settings["per_device_train_batch_size"] // 2**power for power in range(1, 20)]
-    smaller = [{"per_device_train_batch_size": batch} for batch in batches if batch]
-    changes = [recompute, *smaller, *(recompute | change for change in smaller)]
-    if method == "lora":
-        changes += [recompute | change | short for change in smaller[-1:]]
-    for change in changes:
+    for change in list_savings(method, settings):
         if would_fit(method, change):
-            options = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
-            return [Finding("error", cause, f"add the option {options}   {force}")]
+            return [Finding("error", cause, f"add the option {write_options(change)}   {force}")]
     if would_fit("lora", QLORA):
         return [Finding("error", cause, f"make train-lora RECIPE=qlora   {force}")]
     return [Finding("error", f"{cause}, whatever the batch", f"take a smaller model   {force}")]
@@ -898,6 +904,13 @@ def what_fits(args: argparse.Namespace) -> int:
         print(f"{finding.level}: {finding.cause}\n    type: {finding.command}", file=sys.stderr)
     if args.output and (not findings or args.force):
         report = {"model": args.model, "memory_bytes": memory, "where": where, "predictions": predictions}
+        if args.method and predictions:  # for whom the memory runs out all the same
+            sizes = {
+                write_options(change): predict_memory(config, method, settings | change, tokens, where)["peak"]
+                for change in list_savings(method, settings)
+            }
+            most = predictions[0]["bytes"]["peak"]
+            report["smaller"] = [{"options": name, "bytes": size} for name, size in sizes.items() if size < most]
         write_json(args.output, report)
     return 1 if findings and not args.force else 0
 

@@ -206,9 +206,7 @@ def check_disk(folder: Path, needed: int) -> None:
     """Stops where the disk of a folder, which need not be there yet, has not that many bytes left."""
     folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
-        fail(
-            f"{needed / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} are free. Make room, or take another one."
-        )
+        fail(f"{needed / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} are free. Make room, or take another.")
 
 
 def convert_embedded(folder: Path) -> dict:

@@ -477,6 +477,18 @@ class PlainLossTrainer(ResumableTrainer):
     compute_loss = Trainer.compute_loss
 
 
+def limit_memory() -> None:
+    """On the CPU: what takes more memory than is free fails, and is explained, before the system kills the process."""
+    free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    own = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
+    limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    free_bytes = (int(free[1]) + int(own[1])) * 1024
+    groups = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current")]
+    if all(file.is_file() for file in groups) and (most := groups[0].read_text().strip()).isdigit():
+        free_bytes = min(free_bytes, int(most) - int(groups[1].read_text()) + int(own[1]) * 1024)
+    resource.setrlimit(resource.RLIMIT_DATA, (free_bytes if limit < 0 else min(limit, free_bytes), hard))
+
+
 def explain_memory(error: Exception, report: dict, args: SFTConfig) -> None:
     """Stops with settings that take less if the error is one of memory; report: that of 00_check_gpu.py --model."""
     text = " ".join(str(error).split())
@@ -563,6 +575,8 @@ def main() -> None:
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
     check_files(Path(name))
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        limit_memory()
     hub = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
@@ -672,8 +686,8 @@ def main() -> None:
     first, last = losses[: len(losses) // 4 + 1], losses[-(len(losses) // 4 + 1) :]
     if len(losses) > 1 and sum(last) >= sum(first):
         print(
-            f"warning: the loss did not fall: {sum(first) / len(first):.4f} at first, {sum(last) / len(last):.4f} at the "
-            "end. Try another --learning_rate, and look at the rows: audit_tokens.py (make audit)",
+            f"warning: the loss did not fall: {sum(first) / len(first):.4f} first, {sum(last) / len(last):.4f} last. "
+            "Try another --learning_rate, and look at the rows: audit_tokens.py (make audit)",
             file=sys.stderr,
         )
 

@@ -344,9 +344,7 @@ def main() -> None:
         seal(temporary)
     except Exception as error:  # a full disk: each library raises its own
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(
-            f"cannot save the model: {' '.join(str(error).split())[:300]}. Mend that, and type the same command again."
-        )
+        fail(f"cannot save the model: {' '.join(str(error).split())[:300]}. Make room, and type the command again.")
     except SystemExit:  # the check
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -8,8 +8,8 @@
     python reproduce_run.py out/run.json --compare again/lora/run.json
 
 Reads   run.json as 02_train_lora.py and 03_train_full.py write it.
-Writes  again/reproduce.yaml, a recipe with all arguments of the run, and again/reproduce.txt, what Make needs besides, a
-        line each: target, base model, data set, rows to hold out, options of the download, folder of the result.
+Writes  again/reproduce.yaml, a recipe with all arguments of the run, and again/reproduce.txt, what Make needs besides,
+        a line each: target, base model, data set, rows to hold out, options of the download, folder of the result.
 Exits   with --compare: with status 0 if losses and weights are the same to the bit, else with 1.
 """
 
@@ -46,7 +46,7 @@ def fail(message: str) -> None:
     sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
 
 
-def read_run(file: Path) -> dict:
+def read_training(file: Path) -> dict:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
@@ -75,7 +75,7 @@ def list_losses(run: dict) -> list[tuple]:
     return [(entry["step"], entry["loss"]) for entry in run["history"] if "loss" in entry]
 
 
-def compare(run: dict, again: dict) -> int:
+def say_what_is_the_same(run: dict, again: dict) -> int:
     """Says what is the same in two runs; returns the exit status."""
     for what, one, other in (
         ("model", run["base_model"], again["base_model"]),
@@ -103,9 +103,9 @@ def main() -> None:
     task.add_argument("--output_dir", type=Path, help="folder for the repetition")
     task.add_argument("--compare", type=Path, metavar="AGAIN", help="run.json of the repetition")
     args = parser.parse_args()
-    run = read_run(args.run)
+    run = read_training(args.run)
     if args.compare:
-        sys.exit(compare(run, read_run(args.compare)))
+        sys.exit(say_what_is_the_same(run, read_training(args.compare)))
     target, folder = TRAININGS[run["script"]]
     if args.output_dir.resolve() in args.run.resolve().parents:
         fail(f"{args.run} lies in {args.output_dir}, where the repetition would go. Add: OUT=outputs/again")
@@ -113,7 +113,11 @@ def main() -> None:
     origin = run["dataset"]["origin"] or {"name": run["dataset"]["name"]}
     data, data_pin = find_source("dataset", origin)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    arguments = {key: value for key, value in run["arguments"].items() if key not in NOT_REPEATED and value is not None}
+    arguments = {
+        key: value
+        for key, value in run["arguments"].items()
+        if key not in NOT_REPEATED and value not in (None, f"<{key.upper()}>")  # the latter hides what ends in token
+    }
     # JSON is YAML too.
     (args.output_dir / "reproduce.yaml").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
     lines = (target, model, data, origin.get("held_out_rows", 0), f"{model_pin} {data_pin}".strip(), folder)

@@ -91,7 +91,10 @@ def test_a_hub_model_comes_once_with_its_commit(hub, tiny_model, tmp_path):
     model = tmp_path / "out/base-model"
     origin = {"name": "org/tiny", "revision": COMMIT, "license": "mit"}
     assert json.loads((model / "run.json").read_text()) == {"base_model": origin}
-    assert {file.name for file in model.iterdir()} == {file.name for file in tiny_model.iterdir()} | {"run.json"}
+    assert {file.name for file in model.iterdir()} == {file.name for file in tiny_model.iterdir()} | {
+        "run.json",
+        "SHA256SUMS",
+    }
     assert (model / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
     assert (model / "model.safetensors").is_symlink()
     assert not [path for path in asked if ".bin" in path or "original" in path.split("?")[0]]

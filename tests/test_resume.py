@@ -83,4 +83,4 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
     assert f"Going on from {tmp_path / kind}/checkpoints/checkpoint-{step}\n" in result.stdout
     assert read(tmp_path / kind, kind) == read(uninterrupted / kind, kind)
     record = json.loads((tmp_path / kind / "run.json").read_text())["metrics"]
-    assert record["train_samples_per_second"] * record["train_runtime"] == pytest.approx(84, rel=0.01)
+    assert record["train_samples_per_second"] * record["train_runtime"] == pytest.approx(84, rel=0.05)
