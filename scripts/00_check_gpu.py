@@ -915,14 +915,18 @@ def what_fits(args: argparse.Namespace) -> int:
     return 1 if findings and not args.force else 0
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def fail(message: str) -> None:

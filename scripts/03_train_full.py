@@ -140,14 +140,18 @@ def lock(folder: Path) -> TextIO:
     return stream
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def sha256(file: Path) -> str:
@@ -160,8 +164,9 @@ def sha256(file: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
-    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != "README.md"]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
+    text = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    (folder / "SHA256SUMS").write_text(text, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

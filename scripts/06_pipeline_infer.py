@@ -141,13 +141,21 @@ def load_model(name: str, base_model: str | None, dtype: str):
     return model.to(device).eval(), tokenizer
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
 def write_answers(file: Path, prompts: list[str], answers: list[str], model: str) -> None:
-    """Writes a JSON object a line, the file whole or not at all."""
+    """Writes a JSON object a line."""
     rows = [{"prompt": p, "answer": a, "model": model} for p, a in zip(prompts, answers, strict=True)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -205,14 +205,18 @@ def show_row(row: dict, tokenizer) -> str:
     return "".join(pieces)
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def main() -> None:
@@ -229,8 +233,6 @@ def main() -> None:
         script_args, model_args, args = parser.parse_args_and_config(argv, return_remaining_strings=True)[:3]
     except Exception as error:  # of the file, of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
-    if script_args.output:
-        Path(script_args.output).unlink(missing_ok=True)
 
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, args.dataset_text_field)
     name = model_args.model_name_or_path

@@ -134,14 +134,18 @@ def format_table(columns: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def main() -> None:
@@ -165,7 +169,7 @@ def main() -> None:
         "full fine-tuning: the LoRA layers were still in the model, and its weights frozen.\n"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(args.output_dir / "comparison.md", text)
     report = {"measured": measured, "tutorial": TUTORIAL}
     write_json(args.output_dir / "comparison.json", report)
     print(f"The comparison is {args.output_dir / 'comparison.md'}")

@@ -291,14 +291,18 @@ def format_report(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def main() -> None:
@@ -342,7 +346,7 @@ def main() -> None:
     report = {"dataset": args.dataset_name, "rows": count, "tokens": tokens, "prompts": prompts, "models": models}
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "evaluation.md").write_text(format_report(report), encoding="utf-8")
+    write_text(output_dir / "evaluation.md", format_report(report))
     write_json(output_dir / "evaluation.json", report)
     print(f"The report is {output_dir / 'evaluation.md'}")
 

@@ -72,7 +72,9 @@ def find_source(kind: str, source: dict) -> tuple[str, str]:
 
 
 def list_losses(run: dict) -> list[tuple]:
-    return [(entry["step"], entry["loss"]) for entry in run["history"] if "loss" in entry]
+    """Step and loss of each log, and the mean loss."""
+    losses = [(entry["step"], entry["loss"]) for entry in run["history"] if "loss" in entry]
+    return [*losses, ("mean", run["metrics"]["train_loss"])]
 
 
 def say_what_is_the_same(run: dict, again: dict) -> int:
@@ -92,6 +94,16 @@ def say_what_is_the_same(run: dict, again: dict) -> int:
     print(f"weights: {'the same to the bit' if same_weights else 'others (sha256)'}")
     print("The result is the same." if same_losses and same_weights else "The result is not the same.")
     return 0 if same_losses and same_weights else 1
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
 
 
 def main() -> None:
@@ -119,9 +131,9 @@ def main() -> None:
         if key not in NOT_REPEATED and value not in (None, f"<{key.upper()}>")  # the latter hides what ends in token
     }
     # JSON is YAML too.
-    (args.output_dir / "reproduce.yaml").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+    write_text(args.output_dir / "reproduce.yaml", json.dumps(arguments, indent=2) + "\n")
     lines = (target, model, data, origin.get("held_out_rows", 0), f"{model_pin} {data_pin}".strip(), folder)
-    (args.output_dir / "reproduce.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(args.output_dir / "reproduce.txt", "".join(f"{line}\n" for line in lines))
     print(f"{target} again, {model} on {data}, in {args.output_dir}")
 
 

@@ -120,14 +120,18 @@ def compare(curve: dict, run: dict) -> str | None:
     return None
 
 
-def write_json(file: Path, content: dict) -> None:
+def write_text(file: Path, text: str) -> None:
     """Writes the file whole or not at all, and sees that it is on the disk."""
     temporary = file.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2, default=str) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def main() -> None:

@@ -107,6 +107,16 @@ def list_figures(run: dict) -> dict[str, str]:
     return figures
 
 
+def write_text(file: Path, text: str) -> None:
+    """Writes the file whole or not at all, and sees that it is on the disk."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training or of a merge")
@@ -165,7 +175,7 @@ def main() -> None:
         library_name="peft" if folder.name == "adapter" else "transformers",
         pipeline_tag="text-generation",
     )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n{card}").save(folder / "README.md")
+    write_text(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n{card}")))
     print(f"The model card is {folder / 'README.md'}")
 
 

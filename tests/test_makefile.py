@@ -22,6 +22,10 @@ case "$*" in
     *write_card*) card=("${2%/run.json}"/*/); touch "${card[0]}README.md" ;;
     *compare_runs*) mkdir -p "$out"; touch "$out/comparison.md" "$out/comparison.json" ;;
     *evaluate*) mkdir -p "$out"; touch "$out/evaluation.md" "$out/evaluation.json" ;;
+    *reproduce_run*--output_dir*)
+        mkdir -p "$out"
+        printf '%s\\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full > "$out/reproduce.txt"
+        echo '{}' > "$out/reproduce.yaml" ;;
     *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
 esac
 """
@@ -86,6 +90,27 @@ def test_a_second_call_says_up_to_date_at_once_and_starts_no_python(trained):
     assert time.monotonic() - start < 1
     assert "up to date" in result.stdout
     assert trained.steps() == []
+
+
+def test_a_restart_is_for_the_training_that_is_asked_for(trained):
+    trained.make("train-lora", "RESTART=1")
+    assert "--restart true" in next(command for command in trained.commands() if "02_train" in command)
+    (trained.folder / "outputs/lora/run.json").unlink()
+    trained.make("infer", RESTART="1")
+    assert "02_train_lora" in trained.steps() and "--restart" not in trained.log.read_text()
+
+
+def test_a_run_is_reproduced_with_its_own_model_data_and_arguments(trained):
+    result = trained.make("reproduce", "RUN=outputs/lora/run.json", "OUT=again", BASE_MODEL="another")
+    assert result.returncode == 0, result.stderr
+    first, *commands, last = [command for command in trained.commands() if not command.startswith("-m")]
+    assert first == "scripts/reproduce_run.py outputs/lora/run.json --output_dir again"
+    assert last == "scripts/reproduce_run.py outputs/lora/run.json --compare again/full/run.json"
+    model, data = (command for command in commands if "01_download" in command)
+    assert "--model_name_or_path=org/name --output_dir again --model_revision c0ffee" in model
+    assert "--dataset_name=my data.jsonl --validation_rows=5 --output_dir again" in data
+    (training,) = (command for command in commands if "03_train_full" in command)
+    assert "--config again/reproduce.yaml" in training and "--output_dir again/full" in training
 
 
 def test_dry_run_leaves_nothing(project):
@@ -406,6 +431,7 @@ def test_env_example_is_the_tutorial_without_a_recipe(project):
         (["train-full", "RECIPE=qlora"], "env/recipes/embedded-qlora.yaml quantizes the weights"),
         (["tutorial", "RECIPE=qlora", "BASE_MODEL=org/name"], "Type: make train-lora RECIPE=qlora, or"),
         (["help", "OUT=a b"], "without spaces"),
+        *((["help", f"{name}=a{mark}b"], "without marks") for name in ("OUT", "VENV") for mark in ";$`'\"\\|&*(#%:"),
         (["help", "MAKE_VERSION=3.81"], "GNU Make 3.81 is too old"),
         (["setup", "BACKEND=tpu"], "BACKEND=tpu is unknown"),
         (["setup", "PYTHON=./nowhere"], "no ./nowhere"),
