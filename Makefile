@@ -213,7 +213,7 @@ clean: ## remove what the steps left in OUT
 
 distclean: clean ## remove the Python environment too
 	@if [ -e $(VENV)/backend ]; then rm -rf $(VENV); fi
-	rm -f $(VENV).settings $(VENV).settings.before
+	rm -f $(addprefix $(VENV).,settings settings.before lock)
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 # What a step was run with is kept in a file that is rewritten only when it differs, so that the step runs again just

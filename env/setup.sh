@@ -32,6 +32,12 @@ command -v "$PYTHON" > /dev/null ||
 [ ! -e "$VENV" ] || [ -e "$VENV/backend" ] ||
 	fail "VENV=$VENV is there and was not made by this Makefile. Remove it, or name another: make VENV=.venv-2"
 
+if [ ! "$dry" ] && command -v flock > /dev/null; then
+	mkdir -p "$(dirname "$VENV")"
+	exec 9> "$VENV.lock" # held until this process ends, however it ends
+	flock -n 9 || fail "another process is making $VENV. Wait for its end, and type the same command again."
+fi
+
 # Hardware -------------------------------------------------------------------------------------------------------------
 tools="$root/usr/bin:$root/opt/rocm/bin"
 [ "$root" ] || tools="$PATH:/opt/rocm/bin"

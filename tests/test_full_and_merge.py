@@ -87,12 +87,12 @@ def test_every_parameter_gets_a_gradient_and_moves(tiny_model, question_rows, tm
 def test_a_reload_in_a_new_process_gives_the_same_logits(tiny_model, question_rows, tmp_path, monkeypatch):
     module, trainers = load("03_train_full.py"), []
 
-    class Trainer(module.SFTTrainer):
+    class Trainer(module.ResumableTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    monkeypatch.setattr(module, "SFTTrainer", Trainer)
+    monkeypatch.setattr(module, "ResumableTrainer", Trainer)
     monkeypatch.chdir(tmp_path)
     command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "full"]
     monkeypatch.setattr("sys.argv", ["03_train_full.py", *command, *FAST, "--max_steps", "3"])
@@ -142,7 +142,7 @@ def test_a_merge_that_is_not_the_adapter_fails_and_leaves_what_was_there(runs, t
     )
     with pytest.raises(SystemExit, match="is not what the adapter is"):
         module.main()
-    assert sorted(file.name for file in output.iterdir()) == ["model"]
+    assert sorted(file.name for file in output.iterdir()) == [".lock", "model", "run.json"]
     assert all(torch.equal(value, before[name]) for name, value in weights(output / "model").items())
 
 
@@ -161,7 +161,7 @@ def test_a_merge_that_is_spoiled_on_its_way_to_the_disk_fails(runs, tmp_path, mo
     monkeypatch.setattr("sys.argv", ["04_merge_adapter.py", *command])
     with pytest.raises(SystemExit, match="is not what the adapter is"):
         module.main()
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_generation_settings_that_could_not_be_saved_do_not_cost_the_training(tiny_model, question_rows, tmp_path):

@@ -17,7 +17,9 @@ case "$*" in
     *--only\\ model*) mkdir -p "$out/base-model"; echo '{}' > "$out/base-model/run.json" ;;
     *--only\\ dataset*)
         mkdir -p "$out/dataset"; touch "$out/dataset/validation.jsonl"; echo '{}' > "$out/dataset/run.json" ;;
-    *02_train_lora*) mkdir -p "$out/adapter"; echo '{}' > "$out/run.json" ;;
+    *02_train_lora*)
+        [ -z "${SLOW-}" ] || { trap 'echo "got TERM" >> "$LOG"; kill %1; exit 143' TERM; sleep 60 & wait; }
+        mkdir -p "$out/adapter"; echo '{}' > "$out/run.json" ;;
     *03_train_full*|*04_merge*) mkdir -p "$out/model"; echo '{}' > "$out/run.json" ;;
     *write_card*) card=("${2%/run.json}"/*/); touch "${card[0]}README.md" ;;
     *compare_runs*) mkdir -p "$out"; touch "$out/comparison.md" "$out/comparison.json" ;;
@@ -90,6 +92,18 @@ def test_a_second_call_says_up_to_date_at_once_and_starts_no_python(trained):
     assert time.monotonic() - start < 1
     assert "up to date" in result.stdout
     assert trained.steps() == []
+
+
+def test_a_signal_to_make_reaches_the_training(trained):
+    (trained.folder / "outputs/lora/run.json").unlink()
+    environment = os.environ | {"LOG": str(trained.log), "SLOW": "1"}
+    make = subprocess.Popen(["make", "train-lora"], cwd=trained.folder, env=environment, stderr=subprocess.PIPE)
+    while not any("02_train_lora" in command for command in trained.commands()[len(TRAINING) :]):
+        time.sleep(0.05)
+    time.sleep(0.5)  # until the trap is set
+    make.terminate()
+    assert make.communicate(timeout=10) and make.returncode != 0
+    assert trained.commands()[-1] == "got TERM"
 
 
 def test_a_restart_is_for_the_training_that_is_asked_for(trained):
