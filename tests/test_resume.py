@@ -88,6 +88,16 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
     assert record["train_samples_per_second"] * record["train_runtime"] == pytest.approx(84, rel=0.05)
 
 
+def test_a_run_that_ended_within_an_epoch_gets_no_step_more(tiny_model, question_rows, tmp_path):
+    args = command(tiny_model, question_rows, tmp_path / "lora", "--max_steps", "10")
+    assert run("02_train_lora.py", *args, cwd=tmp_path).returncode == 0
+    before = read(tmp_path / "lora", "lora")
+    (tmp_path / "lora/run.json").unlink()
+    result = run("02_train_lora.py", *args, cwd=tmp_path)
+    assert result.returncode == 0 and "checkpoint-10\n" in result.stdout
+    assert read(tmp_path / "lora", "lora") == before
+
+
 def test_another_run_is_not_mixed_with_an_interrupted_one(tiny_model, question_rows, tmp_path, monkeypatch):
     args = command(tiny_model, question_rows, tmp_path / "lora")
     train_until(3, "lora", args, monkeypatch)
