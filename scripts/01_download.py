@@ -124,7 +124,8 @@ def sha256(file: Path) -> str:
 def seal(folder: Path) -> None:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.name != "README.md"]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
+    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -135,10 +136,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    head, *lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    if head != f"# {len(lines)} files":
+        return f"{sums} is not what was written: it should begin with the number of files that it lists"
+    for line in lines:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -266,7 +270,7 @@ def read_license(folder: Path) -> str | None:
 def link_model(source: Path, folder: Path) -> None:
     """Links the files of a model folder, so that nothing is on the disk twice."""
     for file in source.iterdir():
-        if file.is_file() and file.name != "run.json":
+        if file.is_file() and file.name not in ("run.json", "SHA256SUMS"):
             (folder / file.name).symlink_to(file.absolute())
 
 
@@ -283,6 +287,7 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
     elif (Path(name) / "config.json").is_file():
         if not any(Path(name).glob("*.safetensors")):
             fail(f"the folder {name} has no safetensors weights. Save the model with save_pretrained first.")
+        check_files(Path(name))
         digest = hashlib.sha256()
         for file in sorted(Path(name).glob("*.safetensors")):
             digest.update(np.memmap(file, mode="r"))

@@ -79,10 +79,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    head, *lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    if head != f"# {len(lines)} files":
+        return f"{sums} is not what was written: it should begin with the number of files that it lists"
+    for line in lines:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -92,6 +95,14 @@ def check_files(folder: Path) -> None:
     """Stops where a folder has a SHA256SUMS and its files are others."""
     if damage := find_damage(folder):
         fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
+
+
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; stops where it is cut off or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{file} is damaged: {error}. Bring it back, or remove it and make it anew.")
 
 
 def is_hub_id(name: str) -> bool:
@@ -104,12 +115,12 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
-        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        origins = [read_json(note).get("base_model") for note in notes]
         pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
         if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")

@@ -165,7 +165,9 @@ def main() -> None:
         "full fine-tuning: the LoRA layers were still in the model, and its weights frozen.\n"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "comparison.md").write_text(text, encoding="utf-8")
+    temporary = args.output_dir / "comparison.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(args.output_dir / "comparison.md")
     report = {"measured": measured, "tutorial": TUTORIAL}
     write_json(args.output_dir / "comparison.json", report)
     print(f"The comparison is {args.output_dir / 'comparison.md'}")

@@ -61,7 +61,9 @@ def plot(runs: dict[str, dict], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    temporary = output.with_suffix(f".tmp{output.suffix}")  # the picture is whole or not there
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(output)
 
 
 def main() -> None:

@@ -165,7 +165,9 @@ def main() -> None:
         library_name="peft" if folder.name == "adapter" else "transformers",
         pipeline_tag="text-generation",
     )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n{card}").save(folder / "README.md")
+    temporary = file.parent / "README.tmp"  # the card is whole or not there
+    ModelCard(f"---\n{header.to_yaml()}\n---\n{card}").save(temporary)
+    temporary.replace(folder / "README.md")
     print(f"The model card is {folder / 'README.md'}")
 
 

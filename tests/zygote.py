@@ -1,11 +1,14 @@
 """A process that has imported what the scripts import, and runs each in a fork of its own: seconds less for each.
 
 Reads JSON lines: {"argv", "cwd", "out", "err"}, answered with its number; {"wait": number}, answered with its exit
-status, below zero the signal that ended it.
+status, below zero the signal that ended it. An order may have faults: "file_size", the most bytes that a file may take;
+"signal": [number, text, count], a signal that the script gets just before it changes, for the count-th time, a path
+that contains the text: opens it for writing, renames or removes it.
 """
 
 import json
 import os
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +19,25 @@ import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer  # noqa: F401
 from trl import SFTTrainer, TrlParser  # noqa: F401
+
+
+def inject(file_size: int | None, signal: tuple[int, str, int] | None) -> None:
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if not signal:
+        return
+    number, text, count = signal
+
+    def hook(event, args):
+        nonlocal count
+        changes = event in ("os.rename", "os.remove") or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and text in str(args[0]):
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
 
 answers, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
@@ -34,6 +56,7 @@ for line in sys.stdin:
         os.chdir(order["cwd"])
         sys.stdout, sys.argv = answers, order["argv"]
         sys.path[0] = str(Path(order["argv"][0]).parent)
+        inject(order["file_size"], order["signal"])
         runpy.run_path(order["argv"][0], run_name="__main__")
         sys.exit()
     print(answer, file=answers, flush=True)
