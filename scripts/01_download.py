@@ -136,10 +136,10 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    head, *lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    if head != f"# {len(lines)} files":
-        return f"{sums} is not what was written: it should begin with the number of files that it lists"
-    for line in lines:
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             return f"{folder / name} is missing: {sums.name} lists it"

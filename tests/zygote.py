@@ -2,12 +2,13 @@
 
 Reads JSON lines: {"argv", "cwd", "out", "err"}, answered with its number; {"wait": number}, answered with its exit
 status, below zero the signal that ended it. An order may have faults: "file_size", the most bytes that a file may take;
-"signal": [number, text, count], a signal that the script gets just before it changes, for the count-th time, a path
-that contains the text: opens it for writing, renames or removes it.
+"signal": [number, pattern], a signal that the script gets just before each change of a file that the pattern matches:
+"open PATH" (for writing), "os.mkdir PATH", "os.rename PATH", "os.remove PATH", "shutil.rmtree PATH".
 """
 
 import json
 import os
+import re
 import resource
 import runpy
 import sys
@@ -21,22 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTTrainer, TrlParser  # noqa: F401
 
 
-def inject(file_size: int | None, signal: tuple[int, str, int] | None) -> None:
+def inject(file_size: int | None, signal: tuple[int, str] | None) -> None:
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if not signal:
-        return
-    number, text, count = signal
 
     def hook(event, args):
-        nonlocal count
-        changes = event in ("os.rename", "os.remove") or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
-        if changes and text in str(args[0]):
-            count -= 1
-            if count == 0:
-                os.kill(os.getpid(), number)
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree") or (event == "open" and args[2] & 3)
+        if changes and re.search(signal[1], f"{event} {args[0]}"):
+            os.kill(os.getpid(), signal[0])
 
-    sys.addaudithook(hook)
+    if signal:
+        sys.addaudithook(hook)
 
 
 answers, sys.stdout = sys.stdout, sys.stderr
