@@ -173,6 +173,7 @@ def is_hub_id(name: str) -> bool:
 def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
     folder = Path(name)
+    check_files(folder)
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
@@ -180,6 +181,7 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        check_files(Path(base))
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
         origins = [read_json(note).get("base_model") for note in notes]
         pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
@@ -194,8 +196,6 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
-    for folder in {name, base}:
-        check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
         model = AutoModelForCausalLM.from_pretrained(
