@@ -299,9 +299,9 @@ def compare(good: Path, output: Path) -> list:
 DISKS = [
     ("train-lora", [], "open .*/checkpoint-4/progress.tmp", "checkpoints/checkpoint-7/optimizer.pt"),
     ("train-full", [], "open .*/checkpoint-4/progress.tmp", "checkpoints/checkpoint-7/optimizer.pt"),
-    ("train-lora", ["--save_strategy", "no"], "os.mkdir .*/adapter.tmp$", "adapter/adapter_model.safetensors"),
-    ("train-full", ["--save_strategy", "no"], "os.mkdir .*/model.tmp$", "model/model.safetensors"),
-    ("merge", [], "os.mkdir .*/model.tmp$", "model/model.safetensors"),
+    ("train-lora", ["--save_strategy", "no"], "open .*/adapter.tmp/SHA256SUMS", "adapter/adapter_model.safetensors"),
+    ("train-full", ["--save_strategy", "no"], "open .*/model.tmp/SHA256SUMS", "model/model.safetensors"),
+    ("merge", [], "open .*/model.tmp/SHA256SUMS", "model/model.safetensors"),
     ("download", [], "open .*/dataset.tmp/train.jsonl", "dataset/train.jsonl"),
 ]
 
