@@ -128,8 +128,9 @@ def sha256(file: Path) -> str:
 def seal(folder: Path) -> None:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
-    text = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-    (folder / "SHA256SUMS").write_text(text, encoding="utf-8")
+    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
+    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -140,10 +141,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -271,7 +275,7 @@ def read_license(folder: Path) -> str | None:
 def link_model(source: Path, folder: Path) -> None:
     """Links the files of a model folder, so that nothing is on the disk twice."""
     for file in source.iterdir():
-        if file.is_file() and file.name != "run.json":
+        if file.is_file() and file.name not in ("run.json", "SHA256SUMS"):
             (folder / file.name).symlink_to(file.absolute())
 
 
@@ -288,6 +292,7 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
     elif (Path(name) / "config.json").is_file():
         if not any(Path(name).glob("*.safetensors")):
             fail(f"the folder {name} has no safetensors weights. Save the model with save_pretrained first.")
+        check_files(Path(name))
         digest = hashlib.sha256()
         for file in sorted(Path(name).glob("*.safetensors")):
             digest.update(np.memmap(file, mode="r"))

@@ -41,6 +41,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -165,8 +166,9 @@ def sha256(file: Path) -> str:
 def seal(folder: Path) -> None:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
-    text = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-    (folder / "SHA256SUMS").write_text(text, encoding="utf-8")
+    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
+    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -177,10 +179,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -201,6 +206,14 @@ def replace(folder: Path, new: Path | None = None) -> None:
     if new:
         new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; stops where it is cut off or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{file} is damaged: {error}. Bring it back, or remove it and make it anew.")
 
 
 def is_hub_id(name: str) -> bool:
@@ -255,7 +268,7 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
 def describe_model(name: str, model) -> dict:
     """Origin of the weights: as 01_download.py noted it, or hub id and commit, or sha256 of the safetensors files."""
     note = Path(name, "run.json")
-    if note.is_file() and (origin := json.loads(note.read_text(encoding="utf-8")).get("base_model")):
+    if note.is_file() and (origin := read_json(note).get("base_model")):
         return origin
     if not Path(name).is_dir():
         return {"name": name, "revision": model.config._commit_hash}
@@ -292,6 +305,8 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     """The newest whole checkpoint of this run if it was interrupted; stops where another run was. Without one, or to
     restart, what is there is removed, so that the two are not mixed.
     """
+    for waste in [*output_dir.glob("checkpoints/*.old"), *output_dir.glob("checkpoints/*.tmp")]:  # of a process killed
+        shutil.rmtree(waste, ignore_errors=True)
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in [] if restart else checkpoints:
         damage = find_damage(checkpoint) if (checkpoint / "SHA256SUMS").is_file() else f"{checkpoint} has no SHA256SUMS"
@@ -300,15 +315,16 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
         if damage:
             print(f"{damage}. This checkpoint is left out.")
             continue
-        old = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
+        old = read_json(checkpoint / "run.json")
         done = output_dir / "run.json"
-        if done.is_file() and not find_differences(old, json.loads(done.read_text(encoding="utf-8"))):
+        if done.is_file() and read_json(done)["started"] == old["started"]:
             break  # it was not interrupted
         if differences := find_differences(run, old):
             fail(
                 f"a run was interrupted after {checkpoint}, and this is another one: {'; '.join(differences)}.\n"
                 "Give what it had to go on with it; or begin this one, and lose that: --restart true (make: RESTART=1)"
             )
+        run["started"] = old["started"]
         print(f"Going on from {checkpoint}")
         return checkpoint
     else:
@@ -373,7 +389,7 @@ class ResumableTrainer(SFTTrainer):
     def restore(self) -> None:
         """Takes over from the checkpoint what was counted since its last log and in its process."""
         if self.checkpoint:
-            progress = json.loads((self.checkpoint / "progress.json").read_text(encoding="utf-8"))
+            progress = read_json(self.checkpoint / "progress.json")
             self.checkpoint = None
             self._tr_loss.fill_(progress["loss"])
             self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
@@ -555,7 +571,7 @@ def main() -> None:
     if report := script_args.memory_prediction:
         if not Path(report).is_file():
             fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
-        prediction = json.loads(Path(report).read_text(encoding="utf-8"))
+        prediction = read_json(Path(report))
         predicted = prediction["predictions"]  # none: an unknown architecture
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         held = lock(output_dir)  # noqa: F841  until the end of main
@@ -612,10 +628,11 @@ def main() -> None:
     note = Path(script_args.dataset_name, "run.json")
     trainer.run = {
         "script": Path(__file__).name,
+        "started": datetime.now().astimezone().isoformat(),
         "base_model": base,
         "dataset": {
             "name": script_args.dataset_name,
-            "origin": json.loads(note.read_text(encoding="utf-8")).get("dataset") if note.is_file() else None,
+            "origin": read_json(note).get("dataset") if note.is_file() else None,
             "rows": len(rows),
             "sha256": hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest(),
         },

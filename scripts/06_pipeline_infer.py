@@ -79,10 +79,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -94,6 +97,14 @@ def check_files(folder: Path) -> None:
         fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
 
 
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; stops where it is cut off or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{file} is damaged: {error}. Bring it back, or remove it and make it anew.")
+
+
 def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
@@ -101,15 +112,17 @@ def is_hub_id(name: str) -> bool:
 def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
     folder = Path(name)
+    check_files(folder)
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        check_files(Path(base))
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
-        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        origins = [read_json(note).get("base_model") for note in notes]
         pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
         if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
@@ -122,8 +135,6 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
-    for folder in {name, base}:
-        check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
         model = AutoModelForCausalLM.from_pretrained(

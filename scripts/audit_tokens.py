@@ -83,10 +83,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -238,6 +241,7 @@ def main() -> None:
     name = model_args.model_name_or_path
     if not (Path(name, "config.json").is_file() or is_hub_id(name)):
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
+    check_files(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
     except Exception as error:  # each kind of file raises its own

@@ -89,10 +89,13 @@ def find_damage(folder: Path) -> str | None:
     """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
     if not (sums := folder / "SHA256SUMS").is_file():
         return None
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
         digest, _, name = line.partition("  ")
-        if not name or not (folder / name).is_file():
-            return f"{folder / name} is missing"
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
         if sha256(folder / name) != digest:
             return f"{folder / name} is not what was written: it differs from {sums.name}"
     return None
@@ -102,6 +105,14 @@ def check_files(folder: Path) -> None:
     """Stops where a folder has a SHA256SUMS and its files are others."""
     if damage := find_damage(folder):
         fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
+
+
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; stops where it is cut off or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{file} is damaged: {error}. Bring it back, or remove it and make it anew.")
 
 
 def is_hub_id(name: str) -> bool:
@@ -181,15 +192,17 @@ def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
 def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     """Base model (hub id or folder) and revision of an adapter, base_model if given; of a model, the model itself."""
     folder = Path(name)
+    check_files(folder)
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
+        check_files(Path(base))
         notes = [file for file in (folder.parent / "run.json", Path(base, "run.json")) if file.is_file()]
-        origins = [json.loads(note.read_text(encoding="utf-8")).get("base_model") for note in notes]
+        origins = [read_json(note).get("base_model") for note in notes]
         pins = [[origin.get(key) for key in ("name", "revision", "sha256")] for origin in origins if origin]
         if len(pins) == 2 and pins[0] != pins[1]:
             fail(f"the adapter {name!r} was trained on {origins[0]}, and {base!r} is {origins[1]}. Train it again.")
@@ -202,8 +215,6 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
-    for folder in {name, base}:
-        check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
         model = AutoModelForCausalLM.from_pretrained(
@@ -242,7 +253,7 @@ def check_training_rows(models: list[str], dataset_name: str, held_out: Dataset)
     pins = [rows and hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest() for rows in (held_out, beside)]
     for model in models:
         note = Path(model).parent / "run.json"
-        trained_on = json.loads(note.read_text(encoding="utf-8")).get("dataset") if note.is_file() else None
+        trained_on = read_json(note).get("dataset") if note.is_file() else None
         if trained_on and trained_on["sha256"] == pins[0]:
             fail(f"{model} was trained on these rows of {dataset_name}. Give rows that it has not seen.")
         if trained_on and beside and trained_on["sha256"] != pins[1]:
@@ -336,7 +347,7 @@ def main() -> None:
         name = "base" if not models else folder.parent.name if folder.name in ("adapter", "model") else path
         models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
         note = Path(path).parent / "run.json"
-        run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        run = read_json(note) if note.is_file() else {}
         if run.get("quantization"):
             models[-1]["loss_quantized"] = run["metrics"].get("eval_loss")
         print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)

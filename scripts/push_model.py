@@ -14,6 +14,7 @@ Only files of the folder itself are uploaded; a link that leads out of it stops 
 """
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -29,6 +30,36 @@ from huggingface_hub import HfApi, get_token
 def fail(message: str) -> None:
     token = os.environ.get("HF_TOKEN")
     sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is missing in a folder, or is not as SHA256SUMS there says; None where nothing is, or no SHA256SUMS."""
+    if not (sums := folder / "SHA256SUMS").is_file():
+        return None
+    *lines, end = sums.read_text(encoding="utf-8", errors="replace").split("\n")
+    if end or lines[:1] != [f"# {len(lines) - 1} files"]:
+        return f"{sums} is not what was written: it does not list as many files as it says"
+    for line in lines[1:]:
+        digest, _, name = line.partition("  ")
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing: {sums.name} lists it"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is not what was written: it differs from {sums.name}"
+    return None
+
+
+def check_files(folder: Path) -> None:
+    """Stops where a folder has a SHA256SUMS and its files are others."""
+    if damage := find_damage(folder):
+        fail(f"{damage}. Bring it back, or remove {folder} and make it anew. If you changed it: remove its SHA256SUMS.")
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -50,6 +81,7 @@ def main() -> None:
         fail(f"{args.repo_id!r} is not a name on the Hub. Give user/name.")
     if not any((args.folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         fail(f"no adapter or model at {args.folder}. Give a folder with an adapter_config.json or a config.json.")
+    check_files(args.folder)
     files = list_files(args.folder)
     for file in files:
         print(f"{file.stat().st_size / 1e6:10.1f} MB  {file.relative_to(args.folder)}")

@@ -88,9 +88,10 @@ def write_rows(file: Path, rows: list) -> Path:
     return file
 
 
-def start(script: str | Path, *args, cwd: Path) -> "Process":
-    """Starts a script as a process that has imported its libraries already."""
-    return Process(script if isinstance(script, Path) else ROOT / "scripts" / script, args, cwd)
+def start(script: str | Path, *args, cwd: Path, file_size=None, signal=None) -> "Process":
+    """Starts a script as a process that has imported its libraries already. Faults: see zygote.py."""
+    path = script if isinstance(script, Path) else ROOT / "scripts" / script
+    return Process(path, args, cwd, file_size=file_size, signal=signal)
 
 
 def run(script: str | Path, *args, cwd: Path, **environment) -> subprocess.CompletedProcess:
@@ -113,7 +114,7 @@ class Process:
 
     zygote = None
 
-    def __init__(self, path: Path, args: tuple, cwd: Path):
+    def __init__(self, path: Path, args: tuple, cwd: Path, **faults):
         if Process.zygote is None:
             Process.zygote = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", ROOT / "tests/zygote.py"],
@@ -123,7 +124,8 @@ class Process:
             )
         self.folder = Path(tempfile.mkdtemp(prefix="process-"))
         self.args = [str(path), *map(str, args)]
-        self.number = self.ask(argv=self.args, cwd=str(cwd), out=str(self.folder / "out"), err=str(self.folder / "err"))
+        files = {name: str(self.folder / name) for name in ("out", "err")}
+        self.number = self.ask(argv=self.args, cwd=str(cwd), **files, **faults)
 
     def ask(self, **order) -> int:
         Process.zygote.stdin.write(json.dumps(order) + "\n")
