@@ -286,7 +286,7 @@ def find_differences(run: dict, other: dict) -> list[str]:
 
 def list_sealed(folder: Path) -> set[str]:
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    return {"SHA256SUMS"} | {line.partition("  ")[2] for line in lines}
+    return {"SHA256SUMS", "README.md"} | {line.partition("  ")[2] for line in lines}
 
 
 def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
