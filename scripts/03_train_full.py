@@ -33,6 +33,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -639,6 +640,11 @@ def main() -> None:
     handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         metrics = trainer.train(resume_from_checkpoint=trainer.checkpoint and str(trainer.checkpoint)).metrics
+    except pickle.UnpicklingError:
+        fail(
+            f"a checkpoint in {output_dir} holds more than numbers; nothing of it was executed.\n"
+            "Bring the one back that was written, or begin anew: --restart true (make: RESTART=1)"
+        )
     except (RuntimeError, MemoryError) as error:
         explain_memory(error, prediction, training_args)
     finally:
