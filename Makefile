@@ -49,6 +49,9 @@ special = $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) \ : %,$(
 ifneq ($(strip $(words $(OUT)) $(words $(VENV)) $(call special,$(OUT)$(VENV))),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces and without marks that mean something to a shell)
 endif
+ifneq ($(findstring hub_token,$(ARGS)),)
+$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env)
+endif
 export RUN BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 

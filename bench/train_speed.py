@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def bare_loop(model_name: str, rows: list[dict], recipe: dict, result) -> None:
     """Sends real tokens per second of a loop over unpadded batches to result. rows hold input_ids and labels."""
     torch.manual_seed(42)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, use_safetensors=True)
     if "lora_r" in recipe:
         targets = recipe["lora_target_modules"]
         config = LoraConfig(

@@ -285,7 +285,8 @@ def answer_probe(name: str, arguments: list[str]) -> None:
     try:
         answer = {"status": "passed", "facts": PROBES[name](*arguments)}
     except Exception as error:  # whatever a library raises is the finding
-        answer = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        reason = re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", " ".join(str(error).split()))
+        answer = {"status": "failed", "error": f"{type(error).__name__}: {reason[:300]}"}
     print("\n" + json.dumps(answer), flush=True)
     os._exit(0)  # without the tidying up of libraries that may hang
 
@@ -930,8 +931,9 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def main() -> None:

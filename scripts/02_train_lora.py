@@ -34,6 +34,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -127,8 +128,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def lock(folder: Path) -> TextIO:
@@ -324,6 +326,11 @@ def find_differences(run: dict, other: dict) -> list[str]:
     return [f"{key} {value} instead of {old}" for key, value, old in values if value != old]
 
 
+def list_sealed(folder: Path) -> set[str]:
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return {"SHA256SUMS", "README.md"} | {line.partition("  ")[2] for line in lines}
+
+
 def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     """The newest whole checkpoint of this run if it was interrupted; stops where another run was. Without one, or to
     restart, what is there is removed, so that the two are not mixed.
@@ -333,8 +340,11 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in [] if restart else checkpoints:
         damage = find_damage(checkpoint) if (checkpoint / "SHA256SUMS").is_file() else f"{checkpoint} has no SHA256SUMS"
-        if not damage and not {file.name for file in checkpoint.iterdir()} >= REQUIRED:
+        names = {file.name for file in checkpoint.iterdir()}
+        if not damage and not names >= REQUIRED:
             damage = f"{checkpoint} has not all of {', '.join(sorted(REQUIRED))}"
+        if not damage and (others := names - list_sealed(checkpoint)):  # the trainer would take weights of any name
+            damage = f"{checkpoint / min(others)} is not among the files that were written, in SHA256SUMS"
         if damage:
             print(f"{damage}. This checkpoint is left out.")
             continue
@@ -571,7 +581,8 @@ def main() -> None:
         fail("an interrupted run goes on by itself, in its --output_dir. Leave out --resume_from_checkpoint.")
     if training_args.push_to_hub:
         fail("the training uploads nothing. Leave out --push_to_hub, and then: push_model.py --help (make push)")
-    training_args.hub_token = None  # it would be saved with the checkpoints
+    if training_args.hub_token:
+        fail("every user of this machine could read a token in the options. Put HF_TOKEN=<token> into .env instead.")
     training_args.output_dir = str(output_dir / "checkpoints")
     training_args.include_num_input_tokens_seen = "non_padding"
     model_args.use_peft = True
@@ -667,6 +678,11 @@ def main() -> None:
     handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         metrics = trainer.train(resume_from_checkpoint=trainer.checkpoint and str(trainer.checkpoint)).metrics
+    except pickle.UnpicklingError:
+        fail(
+            f"a checkpoint in {output_dir} holds more than numbers; nothing of it was executed.\n"
+            "Bring the one back that was written, or begin anew: --restart true (make: RESTART=1)"
+        )
     except (RuntimeError, MemoryError) as error:
         explain_memory(error, prediction, training_args)
     finally:

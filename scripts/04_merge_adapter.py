@@ -77,8 +77,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def lock(folder: Path) -> TextIO:
@@ -202,9 +203,10 @@ def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
+        source = name if Path(name, "tokenizer_config.json").is_file() else base
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", use_safetensors=True
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False
         )
         if base != name:
             model = PeftModel.from_pretrained(model, name)
@@ -266,8 +268,9 @@ def compare_with_quantized(
         quantization = BitsAndBytesConfig(**training["quantization"])
         dtype = training["arguments"]["dtype"]
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", quantization_config=quantization
-        )
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False,
+            quantization_config=quantization,
+        )  # fmt: skip
         model = PeftModel.from_pretrained(model, name).eval()
     except Exception as error:  # no package, or one without a library for this machine; the merge does not need it
         reason = " ".join(str(error).split())[:300]
@@ -322,7 +325,7 @@ def main() -> None:
     weights = folder / "adapter_model.safetensors"
     held = lock(output_dir)  # noqa: F841  until the end of main
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+        config = AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the config of {base!r}: {' '.join(str(error).split())[:300]}")
     if getattr(config, "quantization_config", None):
@@ -354,7 +357,9 @@ def main() -> None:
         check("merged", expected, compute_logits(model, rows), "float32")
         model.to(getattr(torch, args.dtype)).save_pretrained(temporary, max_shard_size=args.max_shard_size)
         source = name if (folder / "tokenizer_config.json").is_file() else base
-        AutoTokenizer.from_pretrained(source).save_pretrained(temporary)  # as it was, not as load_model sets it
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
+            temporary
+        )  # as it was, not as load_model sets it
         del model  # before the next one is loaded
         saved, _ = load_model(str(temporary), None, args.dtype)
         checked = check("saved", expected, compute_logits(saved, rows), args.dtype)

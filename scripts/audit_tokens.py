@@ -67,8 +67,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def sha256(file: Path) -> str:
@@ -243,7 +244,9 @@ def main() -> None:
         fail(f"no model at {name!r}. Give a hub id (user/name) or a folder with a config.json.")
     check_files(Path(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        )
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:300]}")
     tokenizer.pad_token = tokenizer.eos_token

@@ -13,6 +13,7 @@ Writes  report/comparison.md and report/comparison.json.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -60,8 +61,9 @@ ROWS = {
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def read_run(file: Path) -> dict:
@@ -150,6 +152,7 @@ def write_json(file: Path, content: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="folder for comparison.{md,json}")
     parser.add_argument("--allow_different", action="store_true", help="compare runs of different model, data or seed")

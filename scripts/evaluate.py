@@ -73,8 +73,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def sha256(file: Path) -> str:
@@ -216,9 +217,10 @@ def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name if Path(name, "tokenizer_config.json").is_file() else base)
+        source = name if Path(name, "tokenizer_config.json").is_file() else base
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", use_safetensors=True
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False
         )
         if base != name:
             model = PeftModel.from_pretrained(model, name)

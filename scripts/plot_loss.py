@@ -13,6 +13,7 @@ Writes  a picture; the end of --output names the format (.png, .svg, .pdf).
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ import matplotlib.pyplot as plt
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def read_run(file: Path) -> dict:
@@ -68,6 +70,7 @@ def plot(runs: dict[str, dict], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
     args = parser.parse_args()

@@ -28,8 +28,9 @@ from huggingface_hub import HfApi, get_token
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def sha256(file: Path) -> str:
@@ -72,6 +73,7 @@ def list_files(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("--folder", type=Path, required=True, help="folder of an adapter or a model")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub")
     parser.add_argument("--public", action="store_true", help="make a public repository, or upload into one")

@@ -42,8 +42,9 @@ NOT_REPEATED |= {
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def read_training(file: Path) -> dict:
@@ -110,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--output_dir", type=Path, help="folder for the repetition")

@@ -18,6 +18,7 @@ writes the curve of a run to a file.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,8 +32,9 @@ ARGUMENTS = """
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def read_run(file: Path) -> dict:
@@ -136,6 +138,7 @@ def write_json(file: Path, content: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--curves", type=Path, default=Path("env/curves"), help="folder of the curves")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the curve of the run to FILE")

@@ -13,6 +13,7 @@ Writes  README.md in out/adapter/ for a LoRA run, else in out/model/.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -64,8 +65,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def fail(message: str) -> None:
-    token = os.environ.get("HF_TOKEN")
-    sys.exit(f"error: {message.replace(token, '<HF_TOKEN>') if token else message}")
+    """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
+    token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
+    sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
 def describe_source(source: dict) -> str:
@@ -119,6 +121,7 @@ def write_text(file: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training or of a merge")
     file = parser.parse_args().run
     try:

@@ -196,6 +196,17 @@ def wheel(folder: Path, name: str, version: str, needs: str = "") -> None:
         file.writestr(f"{info}/RECORD", "")
 
 
+def preinstall(tmp_path: Path) -> tuple[Path, Path]:
+    """A Python with torch, and the folder of that: as in AMD's images it is the Python of an environment."""
+    base = tmp_path / "base"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", base], check=True)
+    torch = next(base.glob("lib/python*/site-packages")) / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text("__version__, hip, cuda = '2.10.0', '7.2', None\n")
+    return base, torch
+
+
 def test_the_preinstalled_torch_stays(tmp_path):
     project = Project(tmp_path / "project")
     wheels = tmp_path / "wheels"
@@ -203,20 +214,27 @@ def test_the_preinstalled_torch_stays(tmp_path):
     wheel(wheels, "torch", "9")
     wheel(wheels, "needs_torch", "1", "Requires-Dist: torch>=9\n")
     (project.folder / "env/locks/packages.txt").write_text("needs_torch==1\n")
-    # As in AMD's images, the Python that has torch is one of an environment.
-    base = tmp_path / "base"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", base], check=True)
-    torch = next(base.glob("lib/python*/site-packages")) / "torch"
-    torch.mkdir()
-    (torch / "__init__.py").touch()
-    (torch / "version.py").write_text("__version__, hip, cuda = '2.10.0', '7.2', None\n")
-    variables = ["BACKEND=preinstalled", f"PYTHON={base}/bin/python"]
-    result = project.make("setup", *variables, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+    base, torch = preinstall(tmp_path)
+    result = project.make(
+        "setup", "BACKEND=preinstalled", f"PYTHON={base}/bin/python", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels)
+    )
     assert result.returncode == 0, result.stderr
     code = "import torch, needs_torch; print(torch.__file__)"
     run = subprocess.run([project.folder / ".venv/bin/python", "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == f"{torch}/__init__.py", run.stderr
     assert (project.folder / ".venv/backend").read_text() == "rocm\n"
+
+
+def test_a_file_with_another_hash_is_not_installed(tmp_path):
+    project = Project(tmp_path / "project")
+    wheel(tmp_path, "stranger", "1")
+    (project.folder / "env/locks/packages.txt").write_text(f"stranger==1 --hash=sha256:{'0' * 64}\n")
+    base, _ = preinstall(tmp_path)
+    result = project.make(
+        "setup", "BACKEND=preinstalled", f"PYTHON={base}/bin/python", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path)
+    )
+    assert result.returncode == 2 and "DO NOT MATCH THE HASHES" in result.stderr, result.stderr
+    assert not (project.folder / ".venv/installed").exists()
 
 
 def test_a_lock_that_would_replace_the_preinstalled_torch_is_refused(tmp_path):
@@ -277,8 +295,10 @@ def locked(*names: str, **system: str) -> dict[str, str]:
     """Versions by package that some locks hold for a system."""
     pins = {}
     for name in names:
-        for line in LOCKS[name].read_text().splitlines():
+        for line in LOCKS[name].read_text().replace(" \\\n    --hash", " --hash").splitlines():
+            line, *hashes = line.split(" --hash=sha256:")
             if not line.startswith("#"):
+                assert bool(hashes) is (name not in ("cpu", "rocm")), line
                 pin = Requirement(line)
                 assert re.fullmatch(r"==[\w.+]+", str(pin.specifier)), line
                 if not pin.marker or pin.marker.evaluate(system):
