@@ -7,7 +7,8 @@ from conftest import ROOT, load
 from transformers import LlamaConfig
 
 DOCUMENTS = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md", "docs/rocm.md")
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/tutorial.md", "docs/rocm.md", "docs/reliability.md")
 }
 
 

@@ -136,7 +136,8 @@ def test_an_adapter_of_a_hub_model_names_the_hub_id(tiny_model, question_rows, t
 def test_an_adapter_runs_on_its_own_base_only_and_without_its_tokenizer(trained, tiny_model, tmp_path):
     generate = load("05_generate.py")
     run_folder = shutil.copytree(trained, tmp_path / "lora")
-    (run_folder / "adapter/tokenizer_config.json").unlink()
+    for name in ("tokenizer_config.json", "SHA256SUMS"):
+        (run_folder / "adapter" / name).unlink()
     generate.load_model(str(run_folder / "adapter"), None, "float32")
     base = shutil.copytree(tiny_model, tmp_path / "other")
     (base / "run.json").write_text('{"base_model": {"name": "another"}}')
@@ -282,5 +283,6 @@ def test_wrong_input_of_generation(case, trained, tmp_path, monkeypatch, capsys)
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "SHA256SUMS").unlink()
     args, said = BAD_GENERATION[case]
     check_refusal("05_generate.py", args, said, tmp_path, monkeypatch, capsys)
