@@ -937,7 +937,9 @@ def fail(message: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--require", choices=["auto", "gpu", "cpu"], default="auto", help="auto: an accelerator that is in the machine "
         "has to work; gpu: there has to be one; cpu: none is needed (default: auto)")  # fmt: skip

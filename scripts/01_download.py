@@ -175,6 +175,20 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
+def is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_chat(value) -> bool:
+    """Whether it is a list of messages, each with a role and a content or tool calls, and not all of them empty."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+        and all(isinstance(each.get("content"), str | list) or each.get("tool_calls") for each in value)
+        and any(each.get("content") or each.get("tool_calls") for each in value)
+    )
+
+
 def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -185,15 +199,17 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
-            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line if line.strip() else "{}")
+            for number, line in enumerate(files[0].open(encoding="utf-8-sig"), 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError("not a JSON object")  # a null would crash the reader of the next step
+            number = 0
         if files:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
-        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        place = f"line {number}" if number else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
         fail(f"cannot read {name!r}, {place}: {reason}. Mend it, or give another data set.")
     if len(rows) == 0:
@@ -202,8 +218,12 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
-        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    for number, row in enumerate(rows, 1):
+        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
+            what = {is_text: "text", is_chat: "messages with role and content"}
+            kind = " or ".join(what[each] for each in kinds)
+            fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
@@ -358,7 +378,8 @@ def fetch_dataset(name: str, revision: str, validation_rows: int, folder: Path) 
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

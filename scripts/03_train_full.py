@@ -87,6 +87,8 @@ PARAMETERS = dict(
     eval_packing=False,
 )
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "bitsandbytes")  # noted in run.json
+POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
+POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 # Arguments that may change between the parts of a run, and what each checkpoint of it has.
 NOT_THE_RUN = {"model_name_or_path", "dataset_name", "output_dir", "memory_prediction", "restart", "run_name"}
 NOT_THE_RUN |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "max_shard_size", "hub_token"}
@@ -126,6 +128,16 @@ def fail(message: str) -> None:
     """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
     token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
+
+
+def check_positive(args, *names: str) -> None:
+    """Stops where an option is not a number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if name == "max_length" and value is None:  # any length
+            continue
+        if not isinstance(value, int | float) or not value > 0:
+            fail(f"--{name} is {value!r}. Give a number above 0.")
 
 
 def lock(folder: Path) -> TextIO:
@@ -222,6 +234,20 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
+def is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_chat(value) -> bool:
+    """Whether it is a list of messages, each with a role and a content or tool calls, and not all of them empty."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+        and all(isinstance(each.get("content"), str | list) or each.get("tool_calls") for each in value)
+        and any(each.get("content") or each.get("tool_calls") for each in value)
+    )
+
+
 def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -232,15 +258,17 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
-            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line if line.strip() else "{}")
+            for number, line in enumerate(files[0].open(encoding="utf-8-sig"), 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError("not a JSON object")  # a null would crash the reader of the next step
+            number = 0
         if files:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
-        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        place = f"line {number}" if number else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
         fail(f"cannot read {name!r}, {place}: {reason}. Mend it, or give another data set.")
     if len(rows) == 0:
@@ -249,8 +277,12 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
-        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    for number, row in enumerate(rows, 1):
+        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
+            what = {is_text: "text", is_chat: "messages with role and content"}
+            kind = " or ".join(what[each] for each in kinds)
+            fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
@@ -552,13 +584,21 @@ def peak_memory() -> int:
 def main() -> None:
     parser = TrlParser(
         (ScriptArguments, ModelConfig, SFTConfig), usage="%(prog)s [--OPTION VALUE ...] [--config FILE.yaml]",
-        description=__doc__, formatter_class=HelpFormatter,
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.set_defaults(**PARAMETERS)
     try:
         script_args, model_args, training_args = parser.parse_args_and_config()
-    except Exception as error:  # of the file, of YAML, of the values
+    except IndexError:
+        fail("--config has no file after it. Give --config FILE.yaml, or leave it out.")
+    except OSError as error:
+        fail(f"cannot read --config {error.filename}: {error.strerror}. Give a YAML file, or leave it out.")
+    except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
+    check_positive(training_args, *POSITIVE)
+    if not re.fullmatch(r"[0-9.]+[KMGT]B", script_args.max_shard_size):
+        fail(f"--max_shard_size {script_args.max_shard_size} is not a size. Give one like 5GB or 500MB.")
     output_dir = Path(training_args.output_dir)
     if training_args.resume_from_checkpoint not in (None, "true"):
         fail("an interrupted run goes on by itself, in its --output_dir. Leave out --resume_from_checkpoint.")
@@ -619,8 +659,8 @@ def main() -> None:
 
     # Train all parameters: the base model is fresh, nothing in it is frozen or added
     trainer_class = ResumableTrainer if script_args.token_metrics else PlainLossTrainer
-    set_seed(training_args.seed)
     try:
+        set_seed(training_args.seed)
         trainer = trainer_class(
             model=model,
             args=training_args,
@@ -628,8 +668,8 @@ def main() -> None:
             eval_dataset=held_out and format_rows(held_out, tokenizer),
             processing_class=tokenizer,
         )
-    except ValueError as error:
-        fail(" ".join(str(error).split()))
+    except Exception as error:  # of an option, of a row, of the chat template: each raises its own
+        fail(f"{' '.join(str(error).split())[:600]} Look at the rows: audit_tokens.py (make audit), or see --help.")
     if held_out and len(trainer.eval_dataset) == 0:
         fail(
             f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."

@@ -82,6 +82,16 @@ def fail(message: str) -> None:
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
+def check_positive(args, *names: str) -> None:
+    """Stops where an option is not a number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if name == "max_length" and value is None:  # any length
+            continue
+        if not isinstance(value, int | float) or not value > 0:
+            fail(f"--{name} is {value!r}. Give a number above 0.")
+
+
 def lock(folder: Path) -> TextIO:
     """Keeps other processes from writing to a folder, until the file returned is closed or this process has ended."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -309,11 +319,15 @@ def describe_machine() -> dict:
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
+    check_positive(args, "max_new_tokens")
+    if not re.fullmatch(r"[0-9.]+[KMGT]B", args.max_shard_size):
+        fail(f"--max_shard_size {args.max_shard_size} is not a size. Give one like 5GB or 500MB.")
     name, folder, output_dir = args.model_name_or_path, Path(args.model_name_or_path), Path(args.output_dir)
     if not (folder / "adapter_config.json").is_file():
         if (folder / "config.json").is_file():

@@ -29,6 +29,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -60,7 +61,9 @@ class ScriptArguments:
     temperature: float = field(default=0.7, metadata={"help": "With --do_sample: below 1 sharper, above 1 flatter."})
     top_p: float = field(default=0.95, metadata={"help": "With --do_sample: share of the probability kept."})
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the weights."}
+    )
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
 
 
@@ -72,6 +75,16 @@ def fail(message: str) -> None:
     """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
     token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
+
+
+def check_positive(args, *names: str) -> None:
+    """Stops where an option is not a number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if name == "max_length" and value is None:  # any length
+            continue
+        if not isinstance(value, int | float) or not value > 0:
+            fail(f"--{name} is {value!r}. Give a number above 0.")
 
 
 def sha256(file: Path) -> str:
@@ -212,11 +225,13 @@ def write_answers(file: Path, prompts: list[str], answers: list[str], model: str
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
+    check_positive(args, "max_new_tokens", "temperature")
     prompts = list(args.prompt)
     if args.prompts_file:
         if not Path(args.prompts_file).is_file():
@@ -232,16 +247,20 @@ def main() -> None:
         fail(f"the tokenizer of {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if args.do_sample:
-        set_seed(args.seed)
         options |= {"temperature": args.temperature, "top_p": args.top_p}
 
     # A single prompt streams; several go through the model as one batch
     if len(prompts) == 1 or args.chat:
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if args.chat:
-        chat(model, tokenizer, **options)
-        return
-    answers = generate(model, tokenizer, prompts, args.raw, **options)
+    try:
+        if args.do_sample:
+            set_seed(args.seed)
+        if args.chat:
+            chat(model, tokenizer, **options)
+            return
+        answers = generate(model, tokenizer, prompts, args.raw, **options)
+    except Exception as error:  # of an option, of the chat template: each raises its own
+        fail(f"cannot answer: {' '.join(str(error).split())[:300]} See --help, or add --raw for no chat template.")
     if len(prompts) > 1:
         for prompt, answer in zip(prompts, answers, strict=True):
             print(f"> {prompt}\n{answer.strip()}\n")

@@ -29,6 +29,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -54,7 +55,9 @@ class ScriptArguments:
     )
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
     max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or float16."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the weights."}
+    )
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
 
 
@@ -66,6 +69,16 @@ def fail(message: str) -> None:
     """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
     token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
+
+
+def check_positive(args, *names: str) -> None:
+    """Stops where an option is not a number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if name == "max_length" and value is None:  # any length
+            continue
+        if not isinstance(value, int | float) or not value > 0:
+            fail(f"--{name} is {value!r}. Give a number above 0.")
 
 
 def sha256(file: Path) -> str:
@@ -172,11 +185,13 @@ def write_answers(file: Path, prompts: list[str], answers: list[str], model: str
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
+    check_positive(args, "max_new_tokens")
     name = args.model_name_or_path
     model, tokenizer = load_model(name, args.base_model, args.dtype)
     if not (args.raw or tokenizer.chat_template):
@@ -188,7 +203,10 @@ def main() -> None:
     # Generate tokens; a conversation goes through the chat template, a text as it stands
     inputs = args.prompt if args.raw else [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    outputs = pipe(inputs, max_new_tokens=args.max_new_tokens, return_full_text=False, **greedy)
+    try:
+        outputs = pipe(inputs, max_new_tokens=args.max_new_tokens, return_full_text=False, **greedy)
+    except Exception as error:  # each chat template raises its own
+        fail(f"cannot answer: {' '.join(str(error).split())[:300]} See --help, or add --raw for no chat template.")
     answers = [output[0]["generated_text"] for output in outputs]
     for answer in answers:
         print(answer)

@@ -72,6 +72,16 @@ def fail(message: str) -> None:
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
 
 
+def check_positive(args, *names: str) -> None:
+    """Stops where an option is not a number above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if name == "max_length" and value is None:  # any length
+            continue
+        if not isinstance(value, int | float) or not value > 0:
+            fail(f"--{name} is {value!r}. Give a number above 0.")
+
+
 def sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -106,6 +116,20 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
+def is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_chat(value) -> bool:
+    """Whether it is a list of messages, each with a role and a content or tool calls, and not all of them empty."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+        and all(isinstance(each.get("content"), str | list) or each.get("tool_calls") for each in value)
+        and any(each.get("content") or each.get("tool_calls") for each in value)
+    )
+
+
 def load_rows(name: str, split: str, text_field: str = "text", revision: str | None = None) -> Dataset:
     """Rows of a hub id, folder or file: their columns prompt and completion, or messages, or text_field; and tools."""
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -116,15 +140,17 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     number = 0
     try:
         if files and files[0].suffix == ".jsonl":
-            for number, line in enumerate(files[0].open(encoding="utf-8"), 1):
-                json.loads(line if line.strip() else "{}")
+            for number, line in enumerate(files[0].open(encoding="utf-8-sig"), 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError("not a JSON object")  # a null would crash the reader of the next step
+            number = 0
         if files:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
         else:
             rows = load_dataset(name, split=split, revision=revision)
     except Exception as error:  # each reader raises its own kind
-        place = f"line {number}" if isinstance(error, json.JSONDecodeError) else f"split {split!r}"
+        place = f"line {number}" if number else f"split {split!r}"
         reason = " ".join(str(error.__cause__ or error).split())[:300] or "no rows"  # of an empty file
         fail(f"cannot read {name!r}, {place}: {reason}. Mend it, or give another data set.")
     if len(rows) == 0:
@@ -133,8 +159,12 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    if bad := next((number for number, row in enumerate(rows, 1) if not all(row[key] for key in form)), None):
-        fail(f"{name!r}, row {bad}: no {' or no '.join(form)}. Mend or remove that row.")
+    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    for number, row in enumerate(rows, 1):
+        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
+            what = {is_text: "text", is_chat: "messages with role and content"}
+            kind = " or ".join(what[each] for each in kinds)
+            fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
@@ -229,14 +259,21 @@ def main() -> None:
         usage="%(prog)s [--OPTION VALUE ...] [--config FILE.yaml]",
         description=__doc__,
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.set_defaults(**PARAMETERS)
     try:
         # Tokens need no accelerator; options of the training scripts that are not known here change no token.
         argv = [*sys.argv[1:], "--use_cpu", "true"]
         script_args, model_args, args = parser.parse_args_and_config(argv, return_remaining_strings=True)[:3]
-    except Exception as error:  # of the file, of YAML, of the values
+    except IndexError:
+        fail("--config has no file after it. Give --config FILE.yaml, or leave it out.")
+    except OSError as error:
+        fail(f"cannot read --config {error.filename}: {error.strerror}. Give a YAML file, or leave it out.")
+    except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
+    check_positive(args, "per_device_train_batch_size", "max_length")
 
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, args.dataset_text_field)
     name = model_args.model_name_or_path
@@ -261,8 +298,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as args.output_dir:
         try:
             trainer = tokenize_rows(rows, tokenizer, args)
-        except ValueError as error:
-            fail(" ".join(str(error).split()))
+        except Exception as error:  # of a row, of the chat template: each raises its own
+            fail(f"{' '.join(str(error).split())[:600]} Mend the data set, or the chat template of the tokenizer.")
         report, problems = audit(trainer.train_dataset, tokenizer, max_length)
         # The batches of the first epoch, cut as the training script cuts them
         trainer.train_dataset = trainer.train_dataset.map(

@@ -69,7 +69,9 @@ def plot(runs: dict[str, dict], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")

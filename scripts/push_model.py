@@ -72,7 +72,9 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("--folder", type=Path, required=True, help="folder of an adapter or a model")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub")

@@ -137,7 +137,9 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run.json of a training run")
     parser.add_argument("--curves", type=Path, default=Path("env/curves"), help="folder of the curves")

@@ -120,7 +120,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training or of a merge")
     file = parser.parse_args().run
