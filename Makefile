@@ -15,8 +15,9 @@ MAKEFLAGS += --no-builtin-rules
 # Each comes from the command line, else the environment, else .env, else the default given here. Values are taken as
 # they stand: nothing in them is expanded by Make.
 hash := \#
-dotenv = $(if $(wildcard .env),$(shell sed -n -E "s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*//p" .env \
-	| tail -n 1 | sed -E -e "/^['\"]/!s/(^|[[:space:]]+)$(hash).*//" -e 's/[[:space:]]+$$//' -e "s/^'([^']*)'.*/\1/" -e 's/^"([^"]*)".*/\1/'))
+dotenv = $(if $(wildcard .env),$(shell sed -n -E "1s/^\xEF\xBB\xBF//; s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=//p" .env \
+	| tail -n 1 | sed -E -e "/^[[:space:]]*['\"]/!s/[[:space:]]+$(hash).*//" -e 's/^[[:space:]]+//; s/[[:space:]]+$$//' \
+	-e "s/^'([^']*)'.*/\1/; t" -e 's/^"(([^"\\]|\\.)*)".*/\1/; T; s/\\(["\\])/\1/g'))
 define setting
 ifneq ($$(origin $(1)),command line)
 override $(1) := $$(or $$(value $(1)),$$(call dotenv,$(1)),$(2))

@@ -783,7 +783,10 @@ def fits(peak: int, where: str, memory: int) -> bool:
 def read_config(model: str, timeout: float) -> dict:
     """The config of a hub id or a folder."""
     if Path(model, "config.json").is_file():
-        return json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+        try:
+            return json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            fail(f"{model}/config.json is damaged: {error}. Bring it back, or make the model anew.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).parent.exists():
         fail(f"no model at {model!r}. Give a hub id (user/name) or a folder with a config.json.")
     answer = run_probe("hub", timeout, model)
@@ -871,7 +874,8 @@ def what_fits(args: argparse.Namespace) -> int:
                     settings = SETTINGS | base | {"per_device_train_batch_size": batch}
                     trainings += [(label, method, settings, tokens) for tokens in args.length]
     except Exception as error:  # of a file, of YAML, of a value
-        fail(f"cannot read the options of the training: {' '.join(str(error).split())}. Mend {' '.join(args.options)}")
+        given = " ".join(map(str, [*args.options, args.audit or ""]))
+        fail(f"cannot read the options of the training: {' '.join(str(error).split())}. Mend {given}")
 
     predictions = []
     if reason := unknown_to(config, trainings[0][2]["lora_target_modules"]):
@@ -973,4 +977,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")

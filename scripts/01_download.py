@@ -218,11 +218,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    chat = form[0] == "messages" or (form[0] == "prompt" and isinstance(rows[0]["prompt"], list))
+    is_right, kind = (is_chat, "messages with role and content") if chat else (is_text, "text")
     for number, row in enumerate(rows, 1):
-        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
-            what = {is_text: "text", is_chat: "messages with role and content"}
-            kind = " or ".join(what[each] for each in kinds)
+        if not all(is_right(row[key]) for key in form):
             fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
@@ -316,6 +315,8 @@ def fetch_model(name: str, revision: str, folder: Path) -> None:
         check_files(Path(name))
         digest = hashlib.sha256()
         for file in sorted(Path(name).glob("*.safetensors")):
+            if file.stat().st_size == 0:
+                fail(f"{file} is empty. Save or fetch the model again.")
             digest.update(np.memmap(file, mode="r"))
         link_model(Path(name), temporary)
         origin = {"name": name, "sha256": digest.hexdigest(), "license": read_license(Path(name))}

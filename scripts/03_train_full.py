@@ -277,11 +277,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    chat = form[0] == "messages" or (form[0] == "prompt" and isinstance(rows[0]["prompt"], list))
+    is_right, kind = (is_chat, "messages with role and content") if chat else (is_text, "text")
     for number, row in enumerate(rows, 1):
-        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
-            what = {is_text: "text", is_chat: "messages with role and content"}
-            kind = " or ".join(what[each] for each in kinds)
+        if not all(is_right(row[key]) for key in form):
             fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
@@ -310,6 +309,17 @@ def describe_model(name: str, model) -> dict:
     for file in sorted(Path(name).glob("*.safetensors")):
         digest.update(np.memmap(file, mode="r"))
     return {"name": name, "sha256": digest.hexdigest()}
+
+
+def check_loaded(name: str, model, tokenizer, missing: set[str]) -> None:
+    """Stops where a model is of another kind, where weights of it are missing (they would be random), or EOS is."""
+    kinds = model.config.architectures or [type(model).__name__]
+    if type(model).__name__ not in kinds:
+        fail(f"{name!r} is a {kinds[0]}, not a causal language model. Give another model.")
+    if missing:
+        fail(f"{name!r} lacks {len(missing)} weights, {min(missing)} among them. Save or fetch the model again.")
+    if not tokenizer.eos_token:
+        fail(f"the tokenizer of {name!r} has no EOS token. Name one as eos_token in its tokenizer_config.json.")
 
 
 def count_bytes(model) -> int:
@@ -592,8 +602,8 @@ def main() -> None:
         script_args, model_args, training_args = parser.parse_args_and_config()
     except IndexError:
         fail("--config has no file after it. Give --config FILE.yaml, or leave it out.")
-    except OSError as error:
-        fail(f"cannot read --config {error.filename}: {error.strerror}. Give a YAML file, or leave it out.")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read the file of --config: {error}. Give a YAML file, or leave it out.")
     except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     check_positive(training_args, *POSITIVE)
@@ -643,12 +653,13 @@ def main() -> None:
     hub = dict(revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             name, dtype=model_args.dtype, use_safetensors=True,
-            attn_implementation=model_args.attn_implementation, **hub,
+            attn_implementation=model_args.attn_implementation, **hub, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
+    check_loaded(name, model, tokenizer, loading["missing_keys"])
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     try:
@@ -670,10 +681,11 @@ def main() -> None:
         )
     except Exception as error:  # of an option, of a row, of the chat template: each raises its own
         fail(f"{' '.join(str(error).split())[:600]} Look at the rows: audit_tokens.py (make audit), or see --help.")
-    if held_out and len(trainer.eval_dataset) == 0:
-        fail(
-            f"no held-out row has a token with loss within --max_length {training_args.max_length}. Give a larger one."
-        )
+    for what, part in (("row", trainer.train_dataset), ("held-out row", trainer.eval_dataset)):
+        if part is not None and len(part) == 0:
+            fail(f"no {what} has a token with loss within --max_length {training_args.max_length}. Give a larger one.")
+    if max(max(ids) for ids in trainer.train_dataset["input_ids"]) >= len(model.get_input_embeddings().weight):
+        fail(f"the tokenizer of {name!r} has tokens that the model has no embedding of. Give it its own tokenizer.")
     trainable, total = count_parameters(trainer.model)
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     note = Path(script_args.dataset_name, "run.json")

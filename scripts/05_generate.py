@@ -137,7 +137,9 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
         config = read_json(folder / "adapter_config.json")
-        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        base, revision = base_model or config.get("base_model_name_or_path") or "?", config.get("revision")
+        if base_model:
+            revision = None
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         check_files(Path(base))
@@ -152,15 +154,28 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     return name, None
 
 
+def check_loaded(name: str, model, tokenizer, missing: set[str]) -> None:
+    """Stops where a model is of another kind, where weights of it are missing (they would be random), or EOS is."""
+    kinds = model.config.architectures or [type(model).__name__]
+    if type(model).__name__ not in kinds:
+        fail(f"{name!r} is a {kinds[0]}, not a causal language model. Give another model.")
+    if missing:
+        fail(f"{name!r} lacks {len(missing)} weights, {min(missing)} among them. Save or fetch the model again.")
+    if not tokenizer.eos_token:
+        fail(f"the tokenizer of {name!r} has no EOS token. Name one as eos_token in its tokenizer_config.json.")
+
+
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
     try:
         source = name if Path(name, "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_loaded(base, model, tokenizer, loading["missing_keys"])
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own
@@ -232,11 +247,17 @@ def main() -> None:
     except ValueError as error:
         fail(f"{error} See --help.")
     check_positive(args, "max_new_tokens", "temperature")
+    if args.output and Path(args.output).is_dir():
+        fail(f"--output {args.output} is a folder. Give a file, such as {args.output}/answers.jsonl")
     prompts = list(args.prompt)
     if args.prompts_file:
         if not Path(args.prompts_file).is_file():
             fail(f"no file {args.prompts_file!r}. Give a text file with a prompt on each line.")
-        prompts += [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            fail(f"{args.prompts_file} is not UTF-8 text: {error}. Give a text file with a prompt on each line.")
+        prompts += [line for line in lines if line.strip()]
     if args.chat and (prompts or args.raw or args.output):
         fail("--chat goes without --prompt, --prompts_file, --raw and --output. Leave them out, or leave out --chat.")
     if not (prompts or args.chat):

@@ -159,11 +159,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    chat = form[0] == "messages" or (form[0] == "prompt" and isinstance(rows[0]["prompt"], list))
+    is_right, kind = (is_chat, "messages with role and content") if chat else (is_text, "text")
     for number, row in enumerate(rows, 1):
-        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
-            what = {is_text: "text", is_chat: "messages with role and content"}
-            kind = " or ".join(what[each] for each in kinds)
+        if not all(is_right(row[key]) for key in form):
             fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
@@ -269,8 +268,8 @@ def main() -> None:
         script_args, model_args, args = parser.parse_args_and_config(argv, return_remaining_strings=True)[:3]
     except IndexError:
         fail("--config has no file after it. Give --config FILE.yaml, or leave it out.")
-    except OSError as error:
-        fail(f"cannot read --config {error.filename}: {error.strerror}. Give a YAML file, or leave it out.")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read the file of --config: {error}. Give a YAML file, or leave it out.")
     except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     check_positive(args, "per_device_train_batch_size", "max_length")
@@ -286,6 +285,8 @@ def main() -> None:
         )
     except Exception as error:  # each kind of file raises its own
         fail(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:300]}")
+    if not tokenizer.eos_token:
+        fail(f"the tokenizer of {name!r} has no EOS token. Name one as eos_token in its tokenizer_config.json.")
     tokenizer.pad_token = tokenizer.eos_token
 
     max_length, args.max_length, args.packing, args.padding_free, args.report_to = (

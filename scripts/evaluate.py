@@ -176,11 +176,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         fail(f"{name!r} has the columns {rows.column_names}. Rename to text, or messages, or prompt and completion.")
-    kinds = {"messages": [is_chat], "prompt": [is_chat, is_text]}.get(form[0], [is_text])
+    chat = form[0] == "messages" or (form[0] == "prompt" and isinstance(rows[0]["prompt"], list))
+    is_right, kind = (is_chat, "messages with role and content") if chat else (is_text, "text")
     for number, row in enumerate(rows, 1):
-        if not any(all(is_kind(row[key]) for key in form) for is_kind in kinds):
-            what = {is_text: "text", is_chat: "messages with role and content"}
-            kind = " or ".join(what[each] for each in kinds)
+        if not all(is_right(row[key]) for key in form):
             fail(f"{name!r}, row {number}: {' or '.join(form)} is empty, or not {kind}. Mend or remove that row.")
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
@@ -231,7 +230,9 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
         if not (folder / "adapter_model.safetensors").is_file():
             fail(f"{name!r} has no adapter_model.safetensors. Train it again: 02_train_lora.py")
         config = read_json(folder / "adapter_config.json")
-        base, revision = (base_model, None) if base_model else (config["base_model_name_or_path"], config["revision"])
+        base, revision = base_model or config.get("base_model_name_or_path") or "?", config.get("revision")
+        if base_model:
+            revision = None
         if not (Path(base, "config.json").is_file() or is_hub_id(base)):
             fail(f"the adapter {name!r} needs its base model, and {base!r} is not there. Give it with --base_model.")
         check_files(Path(base))
@@ -246,15 +247,28 @@ def find_base(name: str, base_model: str | None) -> tuple[str, str | None]:
     return name, None
 
 
+def check_loaded(name: str, model, tokenizer, missing: set[str]) -> None:
+    """Stops where a model is of another kind, where weights of it are missing (they would be random), or EOS is."""
+    kinds = model.config.architectures or [type(model).__name__]
+    if type(model).__name__ not in kinds:
+        fail(f"{name!r} is a {kinds[0]}, not a causal language model. Give another model.")
+    if missing:
+        fail(f"{name!r} lacks {len(missing)} weights, {min(missing)} among them. Save or fetch the model again.")
+    if not tokenizer.eos_token:
+        fail(f"the tokenizer of {name!r} has no EOS token. Name one as eos_token in its tokenizer_config.json.")
+
+
 def load_model(name: str, base_model: str | None, dtype: str):
     """Model, ready to infer on the accelerator if there is one, and tokenizer of a hub id, model or adapter folder."""
     base, revision = find_base(name, base_model)
     try:
         source = name if Path(name, "tokenizer_config.json").is_file() else base
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        check_loaded(base, model, tokenizer, loading["missing_keys"])
         if base != name:
             model = PeftModel.from_pretrained(model, name)
     except Exception as error:  # each kind of file raises its own

@@ -52,7 +52,7 @@ def read_training(file: Path) -> dict:
         run = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
         fail(f"no run at {file}. Type: make reproduce RUN=outputs/lora/run.json OUT=outputs/again")
-    if run.get("script") not in TRAININGS or "history" not in run:
+    if not isinstance(run, dict) or run.get("script") not in TRAININGS or "history" not in run:
         fail(f"{file} is not the record of a training. Give that of 02_train_lora.py or 03_train_full.py.")
     return run
 

@@ -1,7 +1,7 @@
 """Bad input: what a user may type or hand over, and what comes of it.
 
-Each row of a table: what is bad, the command, the files it is given, and what happens: it WORKS, or it stops with one
-message that has these words. A message has at most two lines; what stood in the folder stays as it was.
+Each row of the tables: what is bad, the command, what the files are changed to, and the outcome. It WORKS, or it stops
+with one message of at most two lines that has these words, and every file is what it was.
 """
 
 import json
@@ -9,12 +9,16 @@ import os
 import runpy
 import shlex
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
+from dotenv import dotenv_values
 from safetensors.torch import load_file, save_file
+from test_makefile import TRAINING, Project
 
 WORKS = ""
 OPTIONS = "--max_steps 1 --optim adamw_torch --report_to none"
@@ -25,52 +29,90 @@ DATA = "01_download.py --only dataset --dataset_name rows.jsonl --output_dir out
 MODEL = "01_download.py --only model --model_name_or_path model --output_dir out"
 MERGE = "04_merge_adapter.py --model_name_or_path adapter --base_model model --output_dir out"
 INFER = "05_generate.py --model_name_or_path model --prompt sky --max_new_tokens 2 --output out/answers.jsonl"
-ADAPTER = INFER.replace("path model", "path adapter --base_model model")
+INFER_ADAPTER = INFER.replace("path model", "path adapter --base_model model")
 PIPELINE = INFER.replace("05_generate", "06_pipeline_infer")
+PIPELINE_ADAPTER = INFER_ADAPTER.replace("05_generate", "06_pipeline_infer")
 EVALUATE = (
     "evaluate.py --base_model model --models adapter --dataset_name rows.jsonl --dataset_test_split train "
     "--max_new_tokens 2 --output_dir out"
 )
-CHECK = "00_check_gpu.py --model model --method lora --output out/memory.json --"
-TEXT = [{"text": "<s> [INST] what color is the sky [/INST] blue </s>"}]
-PAIR = [{"prompt": "what color is the sky", "completion": "blue"}]
+PREDICT = "00_check_gpu.py --model model --method lora --output out/memory.json --"
+PREDICT_AUDITED = PREDICT.replace("--output", "--audit a.json --output")
+REPRODUCE = "reproduce_run.py a.json --output_dir out"
+TEXT = {"text": "<s> [INST] what color is the sky [/INST] blue </s>"}
+PAIR = {"prompt": "what color is the sky", "completion": "blue"}
+LONG = {"prompt": "a " * 20, "completion": "b"}
+USER = {"role": "user", "content": "what color is the sky"}
+BLUE = {"role": "assistant", "content": "blue"}
 
 
-# Files and models that are given -------------------------------------------------------------------------------------
-def config(**changes):
-    """Changes keys of the model's config.json; None removes one."""
-    return lambda folder: change_json(folder / "model/config.json", changes)
+# What is given: each changes files in a folder ------------------------------------------------------------------------
+def nothing(folder: Path) -> None:
+    pass
 
 
-def tokenizer(**changes):
-    return lambda folder: change_json(folder / "model/tokenizer_config.json", changes)
+def file(name: str, content: str | bytes):
+    def give(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return give
 
 
-def change_json(file: Path, changes: dict) -> None:
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+def recipe(text: str):
+    return file("a.yaml", text)
+
+
+def template(text: str):
+    return file("model/chat_template.jinja", text)
+
+
+def rows(*content, encoding="utf-8", end="\n"):
+    """rows.jsonl; a text is a line as it stands."""
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in content]
+    return file("rows.jsonl", "".join(f"{line}{end}" for line in lines).encode(encoding))
+
+
+def messages(*content):
+    return rows({"messages": content})
+
+
+def moved(old: str, new: str):
+    return lambda folder: shutil.move(folder / old, folder / new)
 
 
 def without(*names: str):
-    return lambda folder: [(folder / name).unlink() for name in names]
+    return lambda folder: [(folder / "model" / name).unlink() for name in names]
+
+
+def both(*given):
+    return lambda folder: [give(folder) for give in given]
+
+
+def keys(name: str, **changes):
+    """Changes keys of a JSON file; None removes one."""
+
+    def give(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return give
 
 
 def weights(change):
-    """Writes the model's weights anew, changed."""
-    return lambda folder: save_file(
-        change(load_file(folder / "model/model.safetensors")), folder / "model/model.safetensors", {"format": "pt"}
-    )
+    """The weights of the model, changed one by one: None removes one."""
+
+    def give(folder: Path) -> None:
+        path = folder / "model/model.safetensors"
+        changed = {key: change(key, value) for key, value in load_file(path).items()}
+        save_file({key: value for key, value in changed.items() if value is not None}, path, {"format": "pt"})
+
+    return give
 
 
-def cut(name: str, size: int):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-
-def bert(folder: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=24)
-    BertModel(BertConfig(**size)).save_pretrained(folder / "model")
+def cut(folder: Path) -> None:
+    path = folder / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
 
 
 def pickled(folder: Path) -> None:
@@ -78,445 +120,442 @@ def pickled(folder: Path) -> None:
     (folder / "model/model.safetensors").unlink()
 
 
-def adapter(kind: str = "LoraConfig", **changes):
-    """An adapter of a kind of PEFT for a model with these changes."""
+def bert(folder: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=24)
+    BertForMaskedLM(BertConfig(**size)).save_pretrained(folder / "model")
+
+
+def adapter(kind: str = "LoraConfig", options: dict | None = None, **changes):
+    """An adapter of a kind of PEFT, for a model with these changes of its config."""
 
     def give(folder: Path) -> None:
         import peft
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model", **changes))
-        options = {"num_virtual_tokens": 2} if kind == "PromptTuningConfig" else {}
-        peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **options)).save_pretrained(
-            folder / "adapter"
-        )
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", **(options or {}))
+        peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
 
     return give
 
 
-def of_another_base(folder: Path) -> None:
-    adapter()(folder)
-    (folder / "run.json").write_text('{"base_model": {"name": "other", "sha256": "1"}}')
-    (folder / "model/run.json").write_text('{"base_model": {"name": "model", "sha256": "2"}}')
+HALF = weights(lambda key, value: value.half())
+NO_HEAD = weights(lambda key, value: None if key == "lm_head.weight" else value)
+NO_QUERY = weights(lambda key, value: None if "q_proj" in key else value)
+FOUR_WORDS = weights(lambda key, value: value[:4].clone() if "embed" in key or "lm_head" in key else value)
+NO_TOKENIZER = without("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NO_TEMPLATE = without("chat_template.jinja")
+NO_EOS = keys("model/tokenizer_config.json", eos_token=None)
+RAISES = "{{ raise_exception('a system message comes first') }}"
+PROMPT_TUNING = adapter("PromptTuningConfig", {"num_virtual_tokens": 2})
+NO_BASE = both(adapter(), keys("adapter/adapter_config.json", base_model_name_or_path=None))
+OTHER_BASE = both(
+    adapter(),
+    file("run.json", '{"base_model": {"name": "other", "sha256": "1"}}'),
+    file("model/run.json", '{"base_model": {"name": "model", "sha256": "2"}}'),
+)
 
-
-def rows(*content, encoding="utf-8", end="\n"):
-    """rows.jsonl; a text is a line as it stands."""
-    lines = [each if isinstance(each, str) else json.dumps(each) for each in content]
-    return lambda folder: (folder / "rows.jsonl").write_bytes(
-        "".join(f"{line}{end}" for line in lines).encode(encoding)
-    )
-
-
-def file(name: str, text: str):
-    def give(folder: Path) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-    return give
-
-
-def moved(old: str, new: str):
-    return lambda folder: shutil.move(folder / old, folder / new)
-
-
-def nothing(folder: Path) -> None:
-    pass
-
-
-CASES = [
-    # Arguments
+ARGUMENTS = [
+    ("unknown option, 00", "00_check_gpu.py --no_such 1", nothing, "--no_such"),
     ("unknown option, 01", f"{DATA} --no_such 1", nothing, "--no_such"),
     ("unknown option, 02", f"{LORA} --no_such 1", nothing, "--no_such"),
     ("unknown option, 03", f"{FULL} --no_such 1", nothing, "--no_such"),
     ("unknown option, 04", f"{MERGE} --no_such 1", adapter(), "--no_such"),
     ("unknown option, 05", f"{INFER} --no_such 1", nothing, "--no_such"),
     ("unknown option, 06", f"{PIPELINE} --no_such 1", nothing, "--no_such"),
-    ("unknown option, audit", f"{AUDIT} --no_such 1", nothing, WORKS),
-    ("unknown option, prediction", f"{CHECK} --no_such 1", nothing, WORKS),
     ("unknown option, evaluate", f"{EVALUATE} --no_such 1", adapter(), "--no_such"),
-    ("unknown option, compare", "compare_runs.py a b --no_such", nothing, "--no_such"),
-    ("unknown option, check", "00_check_gpu.py --no_such", nothing, "--no_such"),
-    ("abbreviated option, 01", DATA.replace("output_dir", "output"), nothing, "--output"),
-    ("abbreviated option, 02", f"{LORA} --learning 1", nothing, "--learning"),
-    ("abbreviated option, 03", f"{FULL} --learning 1", nothing, "--learning"),
+    ("option of the training, audit", f"{AUDIT} --lora_r 4 --token_metrics false", nothing, WORKS),
+    ("unknown option, audit", f"{AUDIT} --no_such 1", nothing, WORKS),  # the training reports it
+    ("unknown option, prediction", f"{PREDICT} --no_such 1", nothing, WORKS),
+    ("misspelt option, 02", f"{LORA} --lerning_rate 1", nothing, "--lerning_rate"),
+    ("abbreviated option, 00", "00_check_gpu.py --mod model --meth lora", nothing, "--mod"),
+    ("abbreviated option, 01", f"{DATA} --validation 1", nothing, "--validation"),
+    ("abbreviated option, 02", f"{LORA} --dataset_test train", nothing, "--dataset_test"),
+    ("abbreviated option, 03", f"{FULL} --dataset_test train", nothing, "--dataset_test"),
+    ("abbreviated option, 04", f"{MERGE} --max_new 1", adapter(), "--max_new"),
     ("abbreviated option, 05", f"{INFER} --max_new 1", nothing, "--max_new"),
+    ("abbreviated option, 06", f"{PIPELINE} --max_new 1", nothing, "--max_new"),
+    ("abbreviated option, evaluate", f"{EVALUATE} --max_new 1", adapter(), "--max_new"),
     ("abbreviated option, compare", "compare_runs.py a b --allow", nothing, "--allow"),
     ("abbreviated option, plot", "plot_loss.py out/run.json --out x.png", nothing, "--out"),
-    ("abbreviated option, push", "push_model.py --fold model --repo_id a/b", nothing, "--fold"),
-    ("abbreviated option, check", "00_check_gpu.py --mod model --meth lora", nothing, "--mod"),
+    ("abbreviated option, push", "push_model.py --fold model --repo_id a/b --dry_run", nothing, "--folder"),
     ("abbreviated option, verify", "verify_run.py out/run.json --rec x", nothing, "--rec"),
     ("abbreviated option, card", "write_card.py out/run.json --hel", nothing, "--hel"),
+    ("abbreviated option, reproduce", f"{REPRODUCE} --comp b", nothing, "--comp"),
     ("value left out", f"{INFER} --seed", nothing, "--seed"),
+    ("word for a number, 00", "00_check_gpu.py --memory much", nothing, "--memory"),
     ("word for a number, 02", f"{LORA} --learning_rate fast", nothing, "--learning_rate"),
     ("word for a number, 05", f"{INFER} --max_new_tokens many", nothing, "--max_new_tokens"),
-    ("word for a number, check", "00_check_gpu.py --memory much", nothing, "--memory"),
     ("word for true or false", f"{INFER} --do_sample perhaps", nothing, "perhaps"),
-    ("batch of 0", f"{LORA} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
-    ("negative batch", f"{FULL} --per_device_train_batch_size -1", nothing, "--per_device_train_batch_size"),
+    ("batch of 0, 02", f"{LORA} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
+    ("negative batch, 03", f"{FULL} --per_device_train_batch_size -1", nothing, "--per_device_train_batch_size"),
     ("batch of 0, audit", f"{AUDIT} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
+    ("batch of 0, prediction", f"{PREDICT} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
+    ("batch of 0, evaluate", f"{EVALUATE} --batch_size 0", adapter(), "--batch_size"),
+    ("held-out batch of 0", f"{LORA} --per_device_eval_batch_size 0", nothing, "--per_device_eval_batch_size"),
     ("accumulation of 0", f"{LORA} --gradient_accumulation_steps 0", nothing, "--gradient_accumulation_steps"),
-    ("length of 0", f"{LORA} --max_length 0", nothing, "--max_length"),
+    ("length of 0, 02", f"{LORA} --max_length 0", nothing, "--max_length"),
     ("negative length, audit", f"{AUDIT} --max_length -5", nothing, "--max_length"),
     ("negative learning rate", f"{LORA} --learning_rate -1", nothing, "--learning_rate"),
+    ("learning rate that is no number", f"{LORA} --learning_rate nan", nothing, "--learning_rate"),
     ("no epochs", f"{LORA} --max_steps -1 --num_train_epochs 0", nothing, "--num_train_epochs"),
-    ("rank 0", f"{LORA} --lora_r 0", nothing, "r"),
-    ("save_steps 0", f"{LORA} --save_steps 0", nothing, "--save_steps"),
-    ("logging_steps 0", f"{LORA} --logging_steps 0", nothing, "--logging_steps"),
-    ("warmup negative", f"{LORA} --warmup_steps -1", nothing, "warmup_steps"),
-    ("save_total_limit 0", f"{LORA} --save_total_limit 0", nothing, "save_total_limit"),
-    ("eval batch 0", f"{LORA} --per_device_eval_batch_size 0", nothing, "--per_device_eval_batch_size"),
-    ("negative seed", f"{LORA} --seed -1", nothing, "seed"),
-    ("negative weight decay", f"{LORA} --weight_decay -1", nothing, "weight_decay"),
+    ("rank 0", f"{LORA} --lora_r 0", nothing, "`r`"),
+    ("checkpoints every 0 steps", f"{LORA} --save_steps 0", nothing, "--save_steps"),
+    ("log lines every 0 steps", f"{LORA} --logging_steps 0", nothing, "--logging_steps"),
+    ("negative warm-up", f"{LORA} --warmup_steps -1", nothing, "warmup_steps"),
+    ("negative seed, 02", f"{LORA} --seed -1", nothing, "Seed"),
+    ("negative seed, 05", f"{INFER} --do_sample true --seed -1", nothing, "Seed"),
+    ("0 new tokens, 04", f"{MERGE} --max_new_tokens 0", adapter(), "--max_new_tokens"),
     ("0 new tokens, 05", f"{INFER} --max_new_tokens 0", nothing, "--max_new_tokens"),
     ("negative new tokens, 06", f"{PIPELINE} --max_new_tokens -3", nothing, "--max_new_tokens"),
-    ("0 new tokens, merge", f"{MERGE} --max_new_tokens 0", adapter(), "--max_new_tokens"),
-    ("0 new tokens, eval", f"{EVALUATE} --max_new_tokens 0", adapter(), "--max_new_tokens"),
-    ("batch 0, eval", f"{EVALUATE} --batch_size 0", adapter(), "--batch_size"),
-    ("temperature 0", f"{INFER} --do_sample --temperature 0", nothing, "temperature"),
-    ("top_p 2", f"{INFER} --do_sample --top_p 2", nothing, "top_p"),
-    ("negative validation rows", f"{DATA} --validation_rows -1", nothing, "--validation_rows"),
-    ("shard size", f"{MERGE} --max_shard_size big", adapter(), "big"),
-    ("shard size 03", f"{FULL} --max_shard_size big", nothing, "big"),
+    ("0 new tokens, evaluate", f"{EVALUATE} --max_new_tokens 0", adapter(), "--max_new_tokens"),
+    ("temperature 0", f"{INFER} --do_sample true --temperature 0", nothing, "--temperature"),
+    ("negative held-out rows", f"{DATA} --validation_rows -1", nothing, "--validation_rows"),
+    ("more held-out rows than there are", f"{DATA} --validation_rows 9", nothing, "--validation_rows"),
+    ("size of a file in words, 03", f"{FULL} --max_shard_size big", nothing, "--max_shard_size"),
+    ("size of a file in words, 04", f"{MERGE} --max_shard_size big", adapter(), "--max_shard_size"),
     ("unknown type, 02", f"{LORA} --dtype float99", nothing, "float99"),
-    ("unknown type, 05", f"{INFER} --dtype float99", nothing, "float99"),
     ("unknown type, 04", f"{MERGE} --dtype float99", adapter(), "float99"),
+    ("unknown type, 05", f"{INFER} --dtype int8", nothing, "int8"),
     ("unknown type, 06", f"{PIPELINE} --dtype float99", nothing, "float99"),
-    ("int type, 05", f"{INFER} --dtype int8", nothing, "int8"),
+    ("unknown type, evaluate", f"{EVALUATE} --dtype float99", adapter(), "float99"),
     ("unknown optimizer", f"{LORA} --optim sgdd", nothing, "sgdd"),
-    ("unknown scheduler", f"{LORA} --lr_scheduler_type flat", nothing, "flat"),
-    ("modules", f"{LORA} --lora_target_modules nope", nothing, "nope"),
-    ("no config", f"{LORA} --config", nothing, "--config"),
-    ("missing config", f"{LORA} --config no.yaml", nothing, "no.yaml"),
-    ("missing config, audit", f"{AUDIT} --config no.yaml", nothing, "no.yaml"),
-    ("missing config, prediction", f"{CHECK} --config no.yaml", nothing, "no.yaml"),
-    ("config folder", f"{LORA} --config out", nothing, "out"),
-    ("config=", f"{LORA} --config=a.yaml", file("a.yaml", "lora_r: 2\n"), "--config"),
-    ("broken yaml", f"{LORA} --config a.yaml", file("a.yaml", "lora_r: [2\n"), "a.yaml"),
-    ("broken yaml, audit", f"{AUDIT} --config a.yaml", file("a.yaml", "lora_r: [2\n"), "a.yaml"),
-    ("broken yaml, prediction", f"{CHECK} --config a.yaml", file("a.yaml", "lora_r: [2\n"), "a.yaml"),
-    ("empty yaml", f"{LORA} --config a.yaml", file("a.yaml", ""), "a.yaml"),
-    ("list yaml", f"{LORA} --config a.yaml", file("a.yaml", "- 1\n"), "a.yaml"),
-    ("list yaml, prediction", f"{CHECK} --config a.yaml", file("a.yaml", "- 1\n"), "a.yaml"),
-    ("unknown key", f"{LORA} --config a.yaml", file("a.yaml", "lora_rr: 2\n"), "lora_rr"),
-    ("unknown key, audit", f"{AUDIT} --config a.yaml", file("a.yaml", "lora_rr: 2\n"), WORKS),
-    ("word in recipe", f"{LORA} --config a.yaml", file("a.yaml", "learning_rate: fast\n"), "learning_rate"),
-    ("list in recipe", f"{LORA} --config a.yaml", file("a.yaml", "learning_rate: [1, 2]\n"), "learning_rate"),
-    ("number in recipe word", f"{LORA} --config a.yaml", file("a.yaml", "lora_r: 2.5\n"), "lora_r"),
-    ("null in recipe", f"{LORA} --config a.yaml", file("a.yaml", "per_device_train_batch_size:\n"), "per_device"),
-    ("env in recipe", f"{LORA} --config a.yaml", file("a.yaml", "env: 1\n"), "env"),
-    (
-        "utf16 recipe",
-        f"{LORA} --config a.yaml",
-        lambda f: (f / "a.yaml").write_bytes("lora_r: 2".encode("utf-16")),
-        WORKS,
-    ),
-    ("binary recipe", f"{LORA} --config a.yaml", lambda f: (f / "a.yaml").write_bytes(b"\xff\x00\x80"), "a.yaml"),
-    ("no model", LORA.replace("path model", "path no"), nothing, "'no'"),
-    ("no data", LORA.replace("rows.jsonl", "no.jsonl"), nothing, "no.jsonl"),
-    ("prompts_file folder", f"{INFER} --prompts_file out", nothing, "out"),
-    (
-        "prompts_file binary",
-        f"{INFER} --prompts_file a.txt",
-        lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\x00"),
-        "a.txt",
-    ),
+    ("unknown schedule", f"{LORA} --lr_scheduler_type flat", nothing, "flat"),
+    ("unknown module", f"{LORA} --lora_target_modules nope", nothing, "nope"),
+    ("recipe left out", f"{LORA} --config", nothing, "--config has no file"),
+    ("recipe that is not there, 02", f"{LORA} --config no.yaml", nothing, "no.yaml"),
+    ("recipe that is not there, 03", f"{FULL} --config no.yaml", nothing, "no.yaml"),
+    ("recipe that is not there, audit", f"{AUDIT} --config no.yaml", nothing, "no.yaml"),
+    ("recipe that is not there, prediction", f"{PREDICT} --config no.yaml", nothing, "no.yaml"),
+    ("recipe that is a folder", f"{LORA} --config out", nothing, "out"),
+    ("recipe of broken YAML, 02", f"{LORA} --config a.yaml", recipe("lora_r: [2\n"), "a.yaml"),
+    ("recipe of broken YAML, audit", f"{AUDIT} --config a.yaml", recipe("lora_r: [2\n"), "a.yaml"),
+    ("recipe of broken YAML, prediction", f"{PREDICT} --config a.yaml", recipe("lora_r: [2\n"), "a.yaml"),
+    ("recipe that is empty", f"{LORA} --config a.yaml", recipe(""), "a.yaml"),
+    ("recipe that is a list, 02", f"{LORA} --config a.yaml", recipe("- 1\n"), "a.yaml"),
+    ("recipe that is a list, prediction", f"{PREDICT} --config a.yaml", recipe("- 1\n"), "a.yaml"),
+    ("recipe with an unknown key", f"{LORA} --config a.yaml", recipe("lora_rr: 2\n"), "lora_rr"),
+    ("recipe with a word for a number", f"{LORA} --config a.yaml", recipe("learning_rate: fast\n"), "learning_rate"),
+    ("recipe with a list for a number", f"{LORA} --config a.yaml", recipe("learning_rate: [1]\n"), "learning_rate"),
+    ("recipe with null for a number", f"{LORA} --config a.yaml", recipe("num_train_epochs:\n"), "--num_train_epochs"),
+    ("recipe that is no text", f"{LORA} --config a.yaml", file("a.yaml", b"\xff\x00\x80"), "--config"),
+    ("prompts in a folder", f"{INFER} --prompts_file out", nothing, "out"),
+    ("prompts that are no text", f"{INFER} --prompts_file a.txt", file("a.txt", b"\xff\xfe\x00"), "a.txt"),
     ("empty prompt", INFER.replace("sky", "''"), nothing, WORKS),
-    ("memory_prediction garbage", f"{LORA} --memory_prediction a.json", file("a.json", "{"), "a.json"),
-    ("audit garbage", CHECK.replace(" --output", " --audit a.json --output"), file("a.json", "{"), "a.json"),
-    ("run.json garbage, compare", "compare_runs.py a.json out/run.json", file("a.json", "{"), "a.json"),
-    ("run.json list, compare", "compare_runs.py a.json out/run.json", file("a.json", "[]"), "a.json"),
-    ("run.json list, card", "write_card.py a.json", file("a.json", "[]"), "a.json"),
-    ("run.json list, plot", "plot_loss.py a.json", file("a.json", "[]"), "a.json"),
-    ("run.json list, verify", "verify_run.py a.json", file("a.json", "[]"), "a.json"),
-    ("run.json list, reproduce", "reproduce_run.py a.json --output_dir out", file("a.json", "[]"), "a.json"),
-    # Paths
-    ("data path", LORA.replace("rows.jsonl", "'my röws 行.jsonl'"), moved("rows.jsonl", "my röws 行.jsonl"), WORKS),
-    ("model path", LORA.replace("path model", "path 'my möd 行'"), moved("model", "my möd 行"), WORKS),
-    ("output path", LORA.replace("dir out", "dir 'my öut 行'"), nothing, WORKS),
-    ("output path 01", DATA.replace("dir out", "dir 'my öut 行'"), nothing, WORKS),
-    ("output path merge", MERGE.replace("dir out", "dir 'my öut 行'"), adapter(), WORKS),
-    ("proc", LORA.replace("dir out", "dir /proc/out"), nothing, "/proc/out"),
-    ("proc 01", DATA.replace("dir out", "dir /proc/out"), nothing, "/proc/out"),
-    ("proc merge", MERGE.replace("dir out", "dir /proc/out"), adapter(), "/proc/out"),
-    ("proc infer", INFER.replace("out/", "/proc/out/"), nothing, "/proc/out"),
-    ("proc pipeline", PIPELINE.replace("out/", "/proc/out/"), nothing, "/proc/out"),
-    ("proc eval", EVALUATE.replace("dir out", "dir /proc/out"), adapter(), "/proc/out"),
-    ("proc audit", AUDIT.replace("out/", "/proc/out/"), nothing, "/proc/out"),
-    ("proc check", CHECK.replace("out/", "/proc/out/"), nothing, "/proc/out"),
-    ("output is a file", LORA.replace("dir out", "dir rows.jsonl"), nothing, "rows.jsonl"),
-    ("output is a file 01", DATA.replace("dir out", "dir rows.jsonl"), nothing, "rows.jsonl"),
-    ("output folder 05", INFER.replace("out/answers.jsonl", "out"), nothing, "out"),
-    # Data
-    ("empty line", LORA, rows(*TEXT, "", *TEXT), WORKS),
-    ("empty object", LORA, rows(*TEXT, {}), "row 2"),
-    ("empty file", LORA, rows(), "rows.jsonl"),
-    ("null text", LORA, rows(*TEXT, {"text": None}), "row 2"),
-    ("number text", LORA, rows({"text": 5}), "row 1"),
-    ("number among", LORA, rows(*TEXT, {"text": 5}), "rows.jsonl"),
-    ("bool text", LORA, rows({"text": True}), "row 1"),
-    ("list text", LORA, rows({"text": ["a", "b"]}), "row 1"),
-    ("nested text", LORA, rows({"text": {"a": "b"}}), "row 1"),
-    ("a list row", LORA, rows([1, 2]), "rows.jsonl"),
-    ("a number row", LORA, rows("5"), "rows.jsonl"),
-    ("a null row", LORA, rows("null"), "rows.jsonl"),
-    ("messages string", LORA, rows({"messages": "hi"}), "row 1"),
-    ("messages numbers", LORA, rows({"messages": [1]}), "row 1"),
-    ("messages strings", LORA, rows({"messages": ["a"]}), "row 1"),
-    ("message without content", LORA, rows({"messages": [{"role": "user"}]}), "row 1"),
-    ("message null content", LORA, rows({"messages": [{"role": "user", "content": None}]}), "row 1"),
-    ("message number content", LORA, rows({"messages": [{"role": "user", "content": 5}]}), "row 1"),
-    ("message from/value", LORA, rows({"messages": [{"from": "human", "value": "a"}]}), "row 1"),
-    (
-        "unknown role",
-        LORA,
-        rows({"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}),
-        WORKS,
-    ),
-    ("prompt list of strings", LORA, rows({"prompt": ["a", "b"], "completion": "c"}), "row 1"),
-    (
-        "prompt string completion chat",
-        LORA,
-        rows({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}),
-        "row 1",
-    ),
-    ("completion empty", LORA, rows(*PAIR, {"prompt": "a", "completion": ""}), "row 2"),
-    ("completion null", LORA, rows(*PAIR, {"prompt": "a", "completion": None}), "row 2"),
-    (
-        "completion empty chat",
-        LORA,
-        rows({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": ""}]}),
-        "row 1",
-    ),
-    ("mixed schemas", LORA, rows(*TEXT, *PAIR), "row 2"),
-    ("mixed schemas 2", LORA, rows(*PAIR, *TEXT), "row 2"),
-    (
-        "mixed prompt kinds",
-        LORA,
-        rows(
-            *PAIR, {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "c"}]}
-        ),
-        "rows.jsonl",
-    ),
-    ("1 row", LORA, rows(*TEXT), WORKS),
-    ("1 row full", FULL, rows(*TEXT), WORKS),
-    ("1e6", LORA, rows({"text": "a " * 500000}), WORKS),
-    ("1e6 one word", LORA, rows({"text": "a" * 1000000}), WORKS),
-    ("only long", LORA + " --max_length 4", rows({"prompt": "a " * 20, "completion": "b"}), "--max_length"),
-    ("only long full", FULL + " --max_length 4", rows({"prompt": "a " * 20, "completion": "b"}), "--max_length"),
-    ("only long audit", AUDIT + " --max_length 4", rows({"prompt": "a " * 20, "completion": "b"}), "--max_length"),
-    ("surrogate", LORA, rows('{"text": "a \\ud800 b"}'), "rows.jsonl"),
-    ("surrogate pair", LORA, rows('{"text": "a \\ud83d\\ude00 b"}'), WORKS),
-    ("surrogate 01", DATA, rows('{"text": "a \\ud800 b"}'), "rows.jsonl"),
-    ("unicode", LORA, rows({"text": "a \u200b \u0000 😀 \u202e שלום b"}), WORKS),
-    ("unicode 01", DATA, rows({"text": "a \u200b \u0000 😀 \u2028 \x85 \u202e שלום b"}), WORKS),
-    ("only whitespace", LORA, rows({"text": " \u200b"}), WORKS),
-    ("bom", LORA, rows(*TEXT, encoding="utf-8-sig"), WORKS),
-    ("bom 01", DATA, rows(*TEXT, encoding="utf-8-sig"), WORKS),
-    ("utf-16", LORA, rows(*TEXT, encoding="utf-16"), "rows.jsonl"),
-    ("latin-1", LORA, rows('{"text": "ä"}', encoding="latin-1"), "rows.jsonl"),
-    ("crlf", LORA, rows(*TEXT, *TEXT, end="\r\n"), WORKS),
-    ("cr", LORA, rows(*TEXT, *TEXT, end="\r"), "rows.jsonl"),
-    ("NaN", LORA, rows('{"text": NaN}'), "row 1"),
-    ("other columns", LORA, rows({"question": "a"}), "question"),
-    ("half", LORA, rows({"prompt": "a"}), "prompt"),
-    ("cut", LORA, rows(*TEXT, '{"text": "a'), "line 2"),
-    ("csv garbage", LORA.replace("rows.jsonl", "a.csv"), file("a.csv", 'text\n"a'), "a.csv"),
-    ("parquet garbage", LORA.replace("rows.jsonl", "a.parquet"), file("a.parquet", "PAR1xx"), "a.parquet"),
-    ("txt", LORA.replace("rows.jsonl", "a.txt"), file("a.txt", "PAR1xx"), "a.txt"),
-    ("json list", LORA.replace("rows.jsonl", "a.json"), file("a.json", json.dumps(TEXT)), WORKS),
-    ("empty folder", LORA.replace("rows.jsonl", "a"), lambda f: (f / "a").mkdir(), "'a'"),
-    # Models
-    ("bert 02", LORA, bert, "BertConfig"),
-    ("bert 03", FULL, bert, "Bert"),
-    ("bert 05", INFER, bert, "Bert"),
-    ("bert 01", MODEL, bert, "Bert"),
-    ("no tokenizer 02", LORA, without("model/tokenizer.json", "model/tokenizer_config.json"), "tokenizer"),
-    ("no tokenizer 05", INFER, without("model/tokenizer.json", "model/tokenizer_config.json"), "tokenizer"),
-    ("no tokenizer audit", AUDIT, without("model/tokenizer.json", "model/tokenizer_config.json"), "tokenizer"),
-    ("no template text", LORA, without("model/chat_template.jinja"), WORKS),
-    (
-        "no template messages",
-        LORA,
-        lambda f: (without("model/chat_template.jinja")(f), rows({"messages": [{"role": "user", "content": "a"}]})(f)),
-        "template",
-    ),
-    ("no template pair", LORA, lambda f: (without("model/chat_template.jinja")(f), rows(*PAIR)(f)), WORKS),
-    ("no template 05", INFER, without("model/chat_template.jinja"), "template"),
-    ("no template 06", PIPELINE, without("model/chat_template.jinja"), "template"),
-    ("broken template 05", INFER, file("model/chat_template.jinja", "{% for x"), "template"),
-    (
-        "broken template 02",
-        LORA,
-        lambda f: (file("model/chat_template.jinja", "{% for x")(f), rows(*PAIR)(f)),
-        "template",
-    ),
-    (
-        "raising template 02",
-        LORA,
-        lambda f: (file("model/chat_template.jinja", "{{ raise_exception('only user') }}")(f), rows(*PAIR)(f)),
-        "only user",
-    ),
-    (
-        "raising template audit",
-        AUDIT,
-        lambda f: (file("model/chat_template.jinja", "{{ raise_exception('only user') }}")(f), rows(*PAIR)(f)),
-        "only user",
-    ),
-    (
-        "raising template 05",
-        INFER,
-        file("model/chat_template.jinja", "{{ raise_exception('only user') }}"),
-        "only user",
-    ),
-    (
-        "raising template 06",
-        PIPELINE,
-        file("model/chat_template.jinja", "{{ raise_exception('only user') }}"),
-        "only user",
-    ),
-    ("no eos", LORA, tokenizer(eos_token=None), "eos"),
-    ("no eos 05", INFER, tokenizer(eos_token=None), WORKS),
-    ("no eos 06", PIPELINE, tokenizer(eos_token=None), WORKS),
-    ("no eos audit", AUDIT, tokenizer(eos_token=None), "eos"),
-    ("tied", LORA, config(tie_word_embeddings=True), WORKS),
-    (
-        "tied full",
-        FULL,
-        lambda f: (
-            config(tie_word_embeddings=True)(f),
-            weights(lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"})(f),
-        ),
-        WORKS,
-    ),
-    ("fp16", FULL, weights(lambda w: {k: v.half() for k, v in w.items()}), WORKS),
-    ("truncated", LORA, cut("model/model.safetensors", 5000), "model"),
-    ("truncated 05", INFER, cut("model/model.safetensors", 5000), "model"),
-    ("truncated 01", MODEL, cut("model/model.safetensors", 5000), "model.safetensors"),
-    ("garbage", LORA, file("model/model.safetensors", "garbage"), "model"),
-    ("empty weights", LORA, file("model/model.safetensors", ""), "model"),
-    ("empty weights 01", MODEL, file("model/model.safetensors", ""), "model"),
-    ("missing weights", LORA, weights(lambda w: {k: v for k, v in w.items() if "q_proj" not in k}), "q_proj"),
-    ("missing weights 05", INFER, weights(lambda w: {k: v for k, v in w.items() if "q_proj" not in k}), "q_proj"),
-    ("bin", LORA, pickled, "safetensors"),
-    ("bin 05", INFER, pickled, "safetensors"),
-    ("bin 06", PIPELINE, pickled, "safetensors"),
-    ("bin 01", MODEL, pickled, "safetensors"),
-    ("garbage config", LORA, file("model/config.json", "{"), "config"),
-    ("garbage config 05", INFER, file("model/config.json", "{"), "config"),
-    ("garbage config check", CHECK, file("model/config.json", "{"), "config"),
-    ("garbage tokenizer", LORA, file("model/tokenizer.json", "{"), "model"),
-    ("garbage run.json", LORA, file("model/run.json", "{"), "run.json"),
-    ("unknown arch", LORA, config(model_type="nope"), "nope"),
-    (
-        "small vocab",
-        LORA,
-        lambda f: (
-            config(vocab_size=4)(f),
-            weights(lambda w: {k: v[:4] if "embed" in k or "lm_head" in k else v for k, v in w.items()})(f),
-        ),
-        "vocab",
-    ),
-    # Adapters
-    ("other shape 04", MERGE, adapter(hidden_size=16), "shapes differ"),
-    ("other shape 05", ADAPTER, adapter(hidden_size=16), "shapes differ"),
-    ("other layers 05", ADAPTER, adapter(num_hidden_layers=4), "layers"),
-    ("other base 04", MERGE, of_another_base, "trained on"),
-    ("other base 05", ADAPTER, of_another_base, "trained on"),
-    ("ia3 04", MERGE, adapter("IA3Config"), WORKS),
-    ("ia3 05", ADAPTER, adapter("IA3Config"), WORKS),
-    ("prompt 04", MERGE, adapter("PromptTuningConfig"), "merge"),
-    ("prompt 05", ADAPTER, adapter("PromptTuningConfig"), WORKS),
-    ("prompt 06", ADAPTER.replace("05_generate", "06_pipeline_infer"), adapter("PromptTuningConfig"), WORKS),
-    (
-        "adapter garbage",
-        ADAPTER,
-        lambda f: (adapter()(f), file("adapter/adapter_model.safetensors", "garbage")(f)),
-        "adapter",
-    ),
-    (
-        "adapter garbage 04",
-        MERGE,
-        lambda f: (adapter()(f), file("adapter/adapter_model.safetensors", "garbage")(f)),
-        "adapter",
-    ),
-    (
-        "adapter config garbage",
-        ADAPTER,
-        lambda f: (adapter()(f), file("adapter/adapter_config.json", "{")(f)),
-        "adapter",
-    ),
-    (
-        "adapter config no base",
-        ADAPTER.replace("--base_model model", ""),
-        lambda f: (adapter()(f), change_json(f / "adapter/adapter_config.json", {"base_model_name_or_path": None})),
-        "--base_model",
-    ),
-    (
-        "adapter unknown kind",
-        ADAPTER,
-        lambda f: (adapter()(f), change_json(f / "adapter/adapter_config.json", {"peft_type": "NOPE"})),
-        "NOPE",
-    ),
-    ("adapter trained as base", LORA.replace("path model", "path adapter"), adapter(), "adapter"),
-    ("merge a model", MERGE.replace("path adapter", "path model"), nothing, "whole model"),
+    ("prediction that is cut off", f"{LORA} --memory_prediction a.json", file("a.json", "{"), "a.json"),
+    ("audit that is cut off", PREDICT_AUDITED, file("a.json", "{"), "a.json"),
+    ("run.json that is cut off", "compare_runs.py a.json out/run.json", file("a.json", "{"), "a.json"),
+    ("run.json that is a list, compare", "compare_runs.py a.json out/run.json", file("a.json", "[]"), "a.json"),
+    ("run.json that is a list, plot", "plot_loss.py a.json", file("a.json", "[]"), "a.json"),
+    ("run.json that is a list, verify", "verify_run.py a.json", file("a.json", "[]"), "a.json"),
+    ("run.json that is a list, card", "write_card.py a.json", file("a.json", "[]"), "a.json"),
+    ("run.json that is a list, reproduce", REPRODUCE, file("a.json", "[]"), "a.json"),
 ]
-
-
-# Answered wrong so far: a traceback, a second message, or nothing at all where something is wrong.
-WRONG = {
-    "save_total_limit 0", "negative seed", "negative weight decay", "top_p 2", "number in recipe word",
-    "utf16 recipe", "binary recipe", "prompts_file binary", "audit garbage", "run.json list, reproduce", "proc check",
-    "output folder 05", "mixed schemas", "mixed prompt kinds", "only long", "only long full", "cr", "bert 02",
-    "bert 03", "bert 05", "bert 01", "no eos", "no eos 05", "no eos audit", "truncated 01", "empty weights 01",
-    "missing weights", "missing weights 05", "garbage config check", "small vocab", "other layers 05",
-    "adapter config no base",
-}  # fmt: skip
-# A third of the table without FAULTS=full (make test-faults).
-TRIED = CASES if os.environ.get("FAULTS") == "full" else CASES[::3]
+PATHS = [
+    (
+        "data with spaces",
+        LORA.replace("rows.jsonl", "'my röws 行.jsonl'"),
+        moved("rows.jsonl", "my röws 行.jsonl"),
+        WORKS,
+    ),
+    ("model with spaces", FULL.replace("path model", "path 'my möd 行'"), moved("model", "my möd 行"), WORKS),
+    ("results with spaces, 01", DATA.replace("dir out", "dir 'my öut 行'"), nothing, WORKS),
+    ("results with spaces, 02", LORA.replace("dir out", "dir 'my öut 行'"), nothing, WORKS),
+    ("results with spaces, 04", MERGE.replace("dir out", "dir 'my öut 行'"), adapter(), WORKS),
+    ("no such model", LORA.replace("path model", "path no"), nothing, "'no'"),
+    ("no such data", LORA.replace("rows.jsonl", "no.jsonl"), nothing, "no.jsonl"),
+    ("not writable, 00", PREDICT.replace("out/", "/proc/out/"), nothing, "/proc/out"),
+    ("not writable, 01", DATA.replace("dir out", "dir /proc/out"), nothing, "/proc/out"),
+    ("not writable, 02", LORA.replace("dir out", "dir /proc/out"), nothing, "/proc/out"),
+    ("not writable, 03", FULL.replace("dir out", "dir /proc/out"), nothing, "/proc/out"),
+    ("not writable, 04", MERGE.replace("dir out", "dir /proc/out"), adapter(), "/proc/out"),
+    ("not writable, 05", INFER.replace("out/", "/proc/out/"), nothing, "/proc/out"),
+    ("not writable, 06", PIPELINE.replace("out/", "/proc/out/"), nothing, "/proc/out"),
+    ("not writable, audit", AUDIT.replace("out/", "/proc/out/"), nothing, "/proc/out"),
+    ("not writable, evaluate", EVALUATE.replace("dir out", "dir /proc/out"), adapter(), "/proc/out"),
+    ("a file for a folder, 01", DATA.replace("dir out", "dir rows.jsonl"), nothing, "rows.jsonl"),
+    ("a file for a folder, 02", LORA.replace("dir out", "dir rows.jsonl"), nothing, "rows.jsonl"),
+    ("a folder for a file, 05", INFER.replace("out/answers.jsonl", "out"), nothing, "is a folder"),
+    ("a folder for a file, 06", PIPELINE.replace("out/answers.jsonl", "out"), nothing, "is a folder"),
+]
 ROWS = [
-    pytest.param(*case, id=name, marks=[pytest.mark.xfail(strict=True)] if name in WRONG else [])
-    for name, *case in TRIED
+    ("empty line", LORA, rows(TEXT, "", TEXT), WORKS),
+    ("empty row", LORA, rows(TEXT, {}), "row 2"),
+    ("empty file", LORA, rows(), "rows.jsonl"),
+    ("null text", LORA, rows(TEXT, {"text": None}), "row 2"),
+    ("number for a text", LORA, rows({"text": 5}), "row 1"),
+    ("number for a text, 01", DATA, rows({"text": 5}), "row 1"),
+    ("number for a text, audit", AUDIT, rows({"text": 5}), "row 1"),
+    ("number for a text, evaluate", EVALUATE, both(adapter(), rows({"text": 5})), "row 1"),
+    ("number among texts", LORA, rows(TEXT, {"text": 5}), "rows.jsonl"),
+    ("true for a text", LORA, rows({"text": True}), "row 1"),
+    ("list for a text", LORA, rows({"text": ["a", "b"]}), "row 1"),
+    ("nested text", LORA, rows({"text": {"a": "b"}}), "row 1"),
+    ("row that is a list", LORA, rows(TEXT, [1, 2]), "line 2"),
+    ("row that is a number", LORA, rows("5"), "line 1"),
+    ("row that is null", LORA, rows("null"), "line 1"),
+    ("row that is cut off", LORA, rows(TEXT, '{"text": "a'), "line 2"),
+    ("row of NaN", LORA, rows('{"text": NaN}'), "row 1"),
+    ("other columns", LORA, rows({"question": "a"}), "question"),
+    ("prompt alone", LORA, rows({"prompt": "a"}), "prompt"),
+    ("messages that are a text", LORA, rows({"messages": "hi"}), "row 1"),
+    ("messages that are numbers", LORA, messages(1), "row 1"),
+    ("messages that are texts", LORA, messages("a"), "row 1"),
+    ("message without content", LORA, messages({"role": "user"}), "row 1"),
+    ("message of null", LORA, messages(USER, {"role": "assistant", "content": None}), "row 1"),
+    ("message of a number", LORA, messages({"role": "user", "content": 5}), "row 1"),
+    ("messages of another form", LORA, messages({"from": "human", "value": "a"}), "row 1"),
+    ("role that the template takes for another", AUDIT, messages(USER, {**BLUE, "role": "robot"}), WORKS),
+    (
+        "role that the template refuses",
+        LORA,
+        both(messages({**USER, "role": "robot"}), template(RAISES)),
+        "system message",
+    ),
+    ("prompt that is a list of texts", LORA, rows({"prompt": ["a", "b"], "completion": "c"}), "row 1"),
+    ("prompt a text, completion messages", LORA, rows({"prompt": "a", "completion": [BLUE]}), "row 1"),
+    ("completion that is empty", LORA, rows(PAIR, {**PAIR, "completion": ""}), "row 2"),
+    ("completion that is null", LORA, rows(PAIR, {**PAIR, "completion": None}), "row 2"),
+    ("message that is empty", LORA, rows({"prompt": [USER], "completion": [{**BLUE, "content": ""}]}), "row 1"),
+    ("text, then a pair", LORA, rows(TEXT, PAIR), "row 1"),
+    ("pair, then a text", LORA, rows(PAIR, TEXT), "row 2"),
+    ("texts, then messages", LORA, rows(PAIR, {"prompt": [USER], "completion": [BLUE]}), "row 2"),
+    ("1 row, 02", LORA, rows(TEXT), WORKS),
+    ("1 row, 03", FULL, rows(TEXT), WORKS),
+    ("row of 1e6 characters", LORA, rows({"text": "a " * 500_000}), WORKS),
+    ("word of 1e6 characters", AUDIT, rows({"text": "a" * 1_000_000 + " </s>"}), WORKS),
+    ("only rows that are too long, 02", f"{LORA} --max_length 4", rows(LONG), "--max_length"),
+    ("only rows that are too long, 03", f"{FULL} --max_length 4", rows(LONG), "--max_length"),
+    ("only rows that are too long, audit", f"{AUDIT} --max_length 4", rows(LONG), "--max_length"),
+    ("half of a surrogate pair, 01", DATA, rows('{"text": "a \\ud800 b"}'), "rows.jsonl"),
+    ("half of a surrogate pair, 02", LORA, rows('{"text": "a \\ud800 b"}'), "rows.jsonl"),
+    ("surrogate pair", AUDIT, rows('{"text": "a \\ud83d\\ude00 b </s>"}'), WORKS),
+    (
+        "zero width, NUL, emoji, right to left",
+        DATA,
+        rows({"text": "a \u200b \u0000 😀 \u2028 \x85 \u202e שלום b"}),
+        WORKS,
+    ),
+    ("zero width, NUL, emoji, right to left, 02", LORA, rows({"text": "a \u200b \u0000 😀 \u202e שלום b"}), WORKS),
+    ("byte order mark, 01", DATA, rows(TEXT, encoding="utf-8-sig"), WORKS),
+    ("byte order mark, 02", LORA, rows(TEXT, encoding="utf-8-sig"), WORKS),
+    ("UTF-16", LORA, rows(TEXT, encoding="utf-16"), "rows.jsonl"),
+    ("Latin-1", LORA, rows('{"text": "ä"}', encoding="latin-1"), "rows.jsonl"),
+    ("CRLF", AUDIT, rows(TEXT, TEXT, end="\r\n"), WORKS),
+    ("JSON list", AUDIT.replace("rows.jsonl", "a.json"), file("a.json", json.dumps([TEXT])), WORKS),
+    ("CSV that is cut off", LORA.replace("rows.jsonl", "a.csv"), file("a.csv", 'text\n"a'), "a.csv"),
+    ("Parquet that is none", LORA.replace("rows.jsonl", "a.parquet"), file("a.parquet", "PAR1xx"), "a.parquet"),
+    ("unknown kind of file", LORA.replace("rows.jsonl", "a.txt"), file("a.txt", "text"), "a.txt"),
+    ("folder without rows", LORA.replace("rows.jsonl", "model"), nothing, "'model'"),
 ]
+MODELS = [
+    ("not causal, 02", LORA, bert, "BertForMaskedLM"),
+    ("not causal, 03", FULL, bert, "BertForMaskedLM"),
+    ("not causal, 05", INFER, bert, "BertForMaskedLM"),
+    ("unknown architecture", LORA, keys("model/config.json", model_type="nope"), "nope"),
+    ("no tokenizer, 02", LORA, NO_TOKENIZER, "model"),
+    ("no tokenizer, 05", INFER, NO_TOKENIZER, "model"),
+    ("no tokenizer, audit", AUDIT, NO_TOKENIZER, "tokenizer"),
+    ("no chat template, texts", LORA, NO_TEMPLATE, WORKS),
+    ("no chat template, pairs", LORA, both(NO_TEMPLATE, rows(PAIR)), WORKS),
+    ("no chat template, messages", LORA, both(NO_TEMPLATE, messages(USER, BLUE)), "template"),
+    ("no chat template, 05", INFER, NO_TEMPLATE, "--raw"),
+    ("no chat template, 06", PIPELINE, NO_TEMPLATE, "--raw"),
+    ("no chat template, 05 --raw", f"{INFER} --raw", NO_TEMPLATE, WORKS),
+    ("broken chat template, 02", LORA, both(template("{% for x"), rows(PAIR)), "template"),
+    ("broken chat template, 05", INFER, template("{% for x"), "--raw"),
+    ("chat template that refuses, audit", AUDIT, both(template(RAISES), rows(PAIR)), "system message"),
+    ("chat template that refuses, 05", INFER, template(RAISES), "system message"),
+    ("chat template that refuses, 06", PIPELINE, template(RAISES), "system message"),
+    ("no pad token, 02", LORA, nothing, WORKS),  # the tiny model has none, as Llama-2
+    ("no EOS token, 02", LORA, NO_EOS, "EOS"),
+    ("no EOS token, audit", AUDIT, NO_EOS, "EOS"),
+    ("no EOS token, 05", INFER, NO_EOS, "EOS"),
+    ("tied head", FULL, both(keys("model/config.json", tie_word_embeddings=True), NO_HEAD), WORKS),
+    ("float16", FULL, HALF, WORKS),
+    ("fewer embeddings than tokens", LORA, both(keys("model/config.json", vocab_size=4), FOUR_WORDS), "embedding"),
+    ("weights that are cut off, 02", LORA, cut, "model"),
+    ("weights that are cut off, 05", INFER, cut, "model"),
+    ("weights that are none", LORA, file("model/model.safetensors", "garbage"), "model"),
+    ("weights of no bytes, 01", MODEL, file("model/model.safetensors", ""), "model.safetensors"),
+    ("weights of no bytes, 02", LORA, file("model/model.safetensors", ""), "model"),
+    ("weights that are missing, 02", LORA, NO_QUERY, "q_proj"),
+    ("weights that are missing, 05", INFER, NO_QUERY, "q_proj"),
+    ("pickled weights, 01", MODEL, pickled, "safetensors"),
+    ("pickled weights, 02", LORA, pickled, "safetensors"),
+    ("pickled weights, 05", INFER, pickled, "safetensors"),
+    ("pickled weights, 06", PIPELINE, pickled, "safetensors"),
+    ("config that is cut off, 00", PREDICT, file("model/config.json", "{"), "config"),
+    ("config that is cut off, 02", LORA, file("model/config.json", "{"), "config"),
+    ("config that is cut off, 05", INFER, file("model/config.json", "{"), "config"),
+    ("tokenizer that is cut off", LORA, file("model/tokenizer.json", "{"), "model"),
+    ("record that is cut off", LORA, file("model/run.json", "{"), "run.json"),
+]
+ADAPTERS = [
+    ("of other shapes, 04", MERGE, adapter(hidden_size=16), "shapes differ"),
+    ("of other shapes, 05", INFER_ADAPTER, adapter(hidden_size=16), "shapes differ"),
+    ("of another base, 04", MERGE, OTHER_BASE, "was trained on"),
+    ("of another base, 05", INFER_ADAPTER, OTHER_BASE, "was trained on"),
+    ("IA3, 04", MERGE, adapter("IA3Config"), WORKS),
+    ("IA3, 05", INFER_ADAPTER, adapter("IA3Config"), WORKS),
+    ("prompt tuning, 04", MERGE, PROMPT_TUNING, "merge"),
+    ("prompt tuning, 05", INFER_ADAPTER, PROMPT_TUNING, WORKS),
+    ("prompt tuning, 06", PIPELINE_ADAPTER, PROMPT_TUNING, WORKS),
+    ("unknown kind", INFER_ADAPTER, both(adapter(), keys("adapter/adapter_config.json", peft_type="NOPE")), "NOPE"),
+    ("weights that are none, 04", MERGE, both(adapter(), file("adapter/adapter_model.safetensors", "x")), "adapter"),
+    (
+        "weights that are none, 05",
+        INFER_ADAPTER,
+        both(adapter(), file("adapter/adapter_model.safetensors", "x")),
+        "adapter",
+    ),
+    (
+        "config that is cut off",
+        INFER_ADAPTER,
+        both(adapter(), file("adapter/adapter_config.json", "{")),
+        "adapter_config",
+    ),
+    ("base that is not named", INFER.replace("path model", "path adapter"), NO_BASE, "--base_model"),
+    ("trained further", LORA.replace("path model", "path adapter"), adapter(), "'adapter'"),
+    ("a whole model merged", MERGE.replace("path adapter", "path model"), nothing, "whole model"),
+]
+TABLES = {"argument": ARGUMENTS, "path": PATHS, "data": ROWS, "model": MODELS, "adapter": ADAPTERS}
+CASES = [pytest.param(*case, id=f"{table}: {what}") for table, rows in TABLES.items() for what, *case in rows]
 
 
 @pytest.fixture
-def folder(tiny_model, tmp_path):
-    """A model, rows, and an earlier result in out/."""
+def folder(tiny_model, tmp_path) -> Path:
+    """A model, rows, and in out/ an earlier result of every step."""
     shutil.copytree(tiny_model, tmp_path / "model")
-    rows(*TEXT * 4)(tmp_path)
-    for name in (
-        "adapter/old",
-        "model/old",
-        "base-model/old",
-        "dataset/old",
-        "answers.jsonl",
-        "audit.json",
-        "run.json",
-    ):
+    rows(*[TEXT] * 4)(tmp_path)
+    for name in ("adapter/a", "model/a", "base-model/a", "dataset/a", "answers.jsonl", "audit.json", "run.json"):
         file(f"out/{name}", "{}")(tmp_path)
     return tmp_path
 
 
-def read_all(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """All but the marks of who is writing."""
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize(("command", "given", "said"), ROWS)
-def test_a_script(command, given, said, folder, monkeypatch, capfd):
-    given(folder)
-    script, *args = shlex.split(command)
-    if said == WORKS:
-        result = run(script, *args, cwd=folder)
-        assert result.returncode == 0, result.stderr
-        return
-    before = read_all(folder)
+@pytest.fixture
+def call(folder, monkeypatch):
+    """Runs a script in this process, and returns its exit status or its message. Else there is a traceback."""
+
+    def call(command: str) -> str | int | None:
+        script, *args = shlex.split(command)
+        monkeypatch.setattr("sys.argv", [str(ROOT / "scripts" / script), *args])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", [str(ROOT / "scripts" / script), *args])
-    monkeypatch.setattr("resource.setrlimit", lambda *limits: None)  # it would be that of the tests
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    message = stop.value.code
-    assert isinstance(message, str), "the status alone, without a message"
-    assert said in message and len(message.splitlines()) <= 2
-    assert read_all(folder) == before
+    monkeypatch.setattr("resource.setrlimit", lambda *limits: None)  # they would be those of all tests
+    return call
+
+
+# A third of the table without FAULTS=full (make test-faults).
+@pytest.mark.parametrize(("command", "given", "said"), CASES if os.environ.get("FAULTS") == "full" else CASES[::3])
+def test_a_script(command, given, said, folder, call):
+    given(folder)
+    before = read_files(folder)
+    message = call(command)
+    if said == WORKS:
+        assert message == 0
+        return
+    assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) <= 2
+    assert said in message
+    assert read_files(folder) == before
+
+
+def test_results_on_another_disk(call):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        for command in (DATA, MODEL, LORA, FULL, MERGE):
+            output = f"{memory}/{command[:2]}"
+            command = command.replace("path adapter", f"path {memory}/02/adapter").replace("dir out", f"dir {output}")
+            assert call(command) == 0
+
+
+# The Makefile ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text",
+    [
+        "REPO=a/b\n",
+        "REPO=a/b",
+        "REPO=a/b\r\n",
+        "\ufeffREPO=a\n",
+        "REPO = a/b  \n",
+        "export REPO=a/b\n",
+        "  export  REPO=a/b\n",
+        'REPO="a b"\n',
+        "REPO='a b'\r\n",
+        'REPO="a b" # c\n',
+        'REPO="a#b"\n',
+        'REPO="a \\"b\\" c"\n',
+        'REPO=a "b" c\n',
+        "REPO=it's\n",
+        "REPO='$HOME `x`'\n",
+        "REPO=a;b $x %y (z)\n",
+        "REPO=a # c\n",
+        "REPO=a#c\n",
+        "REPO=#c\n",
+        "REPO= # c\n",
+        "REPO=\n",
+        "REPO=''\n",
+        "# REPO=b\nREPO=a\n",
+        "REPO=a\nREPO=b\n",
+        "REPO=a=b\n",
+        "REPO=ünï 行\n",
+        "REPO:a\n",
+        "REPOS=a\n",
+    ],
+)
+def test_make_reads_env_as_the_scripts_do(text, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "env/recipes", tmp_path / "env/recipes")
+    (tmp_path / ".env").write_bytes(text.encode())
+    show = ["make", "-s", "--eval", 'show: ; @printf "%s" "$$REPO"', "show"]
+    result = subprocess.run(show, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (dotenv_values(tmp_path / ".env").get("REPO") or "")
+
+
+def test_a_repository_in_a_folder_with_spaces(tmp_path):
+    (tmp_path / "my röpo 行").mkdir()
+    project = Project(tmp_path / "my röpo 行")
+    result = project.make("train-lora")
+    assert result.returncode == 0, result.stderr
+    assert project.steps() == TRAINING
+    assert project.make("train-lora").returncode == 0 and project.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "said"),
+    [
+        ("OUT=my results", nothing, "OUT=my results"),
+        ("OUT=a;b", nothing, "OUT=a;b"),
+        ("RECIPE=no.yaml", nothing, "no.yaml"),
+        ("RUN=", file(".env", "OUT=my results\n"), "OUT=my results"),
+        ("RUN=", file(".env", 'RECIPE="my recipe"\r\n'), "my recipe"),
+    ],
+    ids=["OUT with spaces", "OUT with a mark of the shell", "RECIPE not there", "OUT in .env", "RECIPE in .env"],
+)
+def test_make_refuses(argument, given, said, tmp_path):
+    project = Project(tmp_path)
+    given(tmp_path)
+    before = read_files(tmp_path)
+    result = project.make("train-lora", argument)
+    assert result.returncode != 0 and said in result.stderr and len(result.stderr.splitlines()) <= 2
+    assert read_files(tmp_path) == before
+
+
+def test_make_takes_results_on_another_disk(tmp_path):
+    project = Project(tmp_path)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert project.make("train-lora", f"OUT={memory}").returncode == 0
+        assert project.steps() == TRAINING
+        assert Path(memory, "lora/run.json").is_file()
