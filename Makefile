@@ -196,7 +196,7 @@ test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, and see that nothing is lost (long)
-	@FAULTS=full $(PY) -m pytest tests/test_faults.py tests/test_bad_input.py -v -s -p no:warnings $(ARGS)
+	@FAULTS=full $(PY) -m pytest tests/test_faults.py tests/test_bad_input.py tests/test_security.py -v -s -p no:warnings $(ARGS)
 
 bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop, of train-full with FROM=full
 	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset \

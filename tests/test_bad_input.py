@@ -458,8 +458,8 @@ def call(folder, monkeypatch):
     return call
 
 
-# A third of the table without FAULTS=full (make test-faults).
-@pytest.mark.parametrize(("command", "given", "said"), CASES if os.environ.get("FAULTS") == "full" else CASES[::3])
+# A sixth of the table without FAULTS=full (make test-faults).
+@pytest.mark.parametrize(("command", "given", "said"), CASES if os.environ.get("FAULTS") == "full" else CASES[::6])
 def test_a_script(command, given, said, folder, call):
     given(folder)
     before = read_files(folder)
