@@ -186,6 +186,8 @@ ARGUMENTS = [
     ("abbreviated option, reproduce", f"{REPRODUCE} --comp b", nothing, "--comp"),
     ("value left out", f"{INFER} --seed", nothing, "--seed"),
     ("word for a number, 00", "00_check_gpu.py --memory much", nothing, "--memory"),
+    ("word for a number, 01", f"{DATA} --validation_rows many", nothing, "--validation_rows"),
+    ("word for a number, 03", f"{FULL} --learning_rate fast", nothing, "--learning_rate"),
     ("word for a number, 02", f"{LORA} --learning_rate fast", nothing, "--learning_rate"),
     ("word for a number, 05", f"{INFER} --max_new_tokens many", nothing, "--max_new_tokens"),
     ("word for true or false", f"{INFER} --do_sample perhaps", nothing, "perhaps"),
