@@ -17,7 +17,7 @@ MAKEFLAGS += --no-builtin-rules
 hash := \#
 dotenv = $(if $(wildcard .env),$(shell sed -n -E "1s/^\xEF\xBB\xBF//; s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=//p" .env \
 	| tail -n 1 | sed -E -e "/^[[:space:]]*['\"]/!s/[[:space:]]+$(hash).*//" -e 's/^[[:space:]]+//; s/[[:space:]]+$$//' \
-	-e "s/^'([^']*)'.*/\1/; t" -e 's/^"(([^"\\]|\\.)*)".*/\1/; T; s/\\(["\\])/\1/g'))
+	-e '/^"/ { s/^"(([^"\\]|\\.)*)".*/\1/; s/\\(["\\])/\1/g; b; }' -e "s/^'([^']*)'.*/\1/"))
 define setting
 ifneq ($$(origin $(1)),command line)
 override $(1) := $$(or $$(value $(1)),$$(call dotenv,$(1)),$(2))
