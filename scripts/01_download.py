@@ -126,16 +126,18 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path) -> dict[str, str]:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
-    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    sums = {file.name: sha256(file) for file in files}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
-    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
+    (folder / "SHA256SUMS").write_text(f"# {len(sums)} files\n{text}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    return sums
 
 
 def find_damage(folder: Path) -> str | None:

@@ -177,16 +177,18 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path) -> dict[str, str]:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
-    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    sums = {file.name: sha256(file) for file in files}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
-    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
+    (folder / "SHA256SUMS").write_text(f"# {len(sums)} files\n{text}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    return sums
 
 
 def find_damage(folder: Path) -> str | None:
@@ -740,7 +742,7 @@ def main() -> None:
     try:
         trainer.model.save_pretrained(temporary, max_shard_size=script_args.max_shard_size)
         tokenizer.save_pretrained(temporary)
-        seal(temporary)
+        sums = seal(temporary)
     except Exception as error:  # a full disk: each library raises its own
         reason = " ".join(str(error).split())[:300]
         fail(f"cannot save the model: {reason}. Make room, and type the same command again: no step is lost.")
@@ -767,7 +769,7 @@ def main() -> None:
         "parameters": {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total},
         "metrics": metrics,
         "history": trainer.state.log_history,
-        "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
+        "sha256": {name: digest for name, digest in sums.items() if name.endswith(".safetensors")},
     }
     (output_dir / "run.json").unlink(missing_ok=True)
     replace(output_dir / "model", temporary)

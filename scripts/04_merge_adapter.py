@@ -129,16 +129,18 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path) -> dict[str, str]:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
-    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    sums = {file.name: sha256(file) for file in files}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
-    (folder / "SHA256SUMS").write_text(f"# {len(lines)} files\n{''.join(lines)}", encoding="utf-8")
+    (folder / "SHA256SUMS").write_text(f"# {len(sums)} files\n{text}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    return sums
 
 
 def find_damage(folder: Path) -> str | None:
@@ -386,13 +388,12 @@ def main() -> None:
         check("merged", expected, compute_logits(model, rows), "float32")
         model.to(getattr(torch, args.dtype)).save_pretrained(temporary, max_shard_size=args.max_shard_size)
         source = name if (folder / "tokenizer_config.json").is_file() else base
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
-            temporary
-        )  # as it was, not as load_model sets it
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # not as load_model sets it
+        tokenizer.save_pretrained(temporary)
         del model  # before the next one is loaded
         saved, _ = load_model(str(temporary), None, args.dtype)
         checked = check("saved", expected, compute_logits(saved, rows), args.dtype)
-        seal(temporary)
+        sums = seal(temporary)
     except Exception as error:  # a full disk: each library raises its own
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"cannot save the model: {' '.join(str(error).split())[:300]}. Make room, and type the command again.")
@@ -412,7 +413,7 @@ def main() -> None:
         "check": checked,
         "quantized_base": quantized,
         "metrics": {"size_bytes": sum(file.stat().st_size for file in temporary.iterdir())},
-        "sha256": {file.name: sha256(file) for file in temporary.glob("*.safetensors")},
+        "sha256": {name: digest for name, digest in sums.items() if name.endswith(".safetensors")},
     }
     (output_dir / "run.json").unlink(missing_ok=True)
     replace(output_dir / "model", temporary)
