@@ -177,6 +177,13 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Sees that a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def seal(folder: Path) -> dict[str, str]:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
@@ -185,9 +192,7 @@ def seal(folder: Path) -> dict[str, str]:
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
     (folder / "SHA256SUMS").write_text(f"# {len(sums)} files\n{text}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(path)
     return sums
 
 
@@ -221,6 +226,7 @@ def replace(folder: Path, new: Path | None = None) -> None:
         folder.rename(old)
     if new:
         new.rename(folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -264,6 +270,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise ValueError("not a JSON object")  # a null would crash the reader of the next step
             number = 0
+        if files and files[0].suffix == ".json":
+            with files[0].open(encoding="utf-8-sig") as stream:
+                if stream.read(1000).lstrip()[:1] not in "[{":  # a null would crash the reader
+                    raise ValueError("neither a list nor an object")
         if files:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)
@@ -609,6 +619,8 @@ def main() -> None:
     except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     check_positive(training_args, *POSITIVE)
+    if training_args.weight_decay < 0:
+        fail(f"--weight_decay is {training_args.weight_decay}: weights would grow. Give 0 or more.")
     if not re.fullmatch(r"[0-9.]+[KMGT]B", script_args.max_shard_size):
         fail(f"--max_shard_size {script_args.max_shard_size} is not a size. Give one like 5GB or 500MB.")
     output_dir = Path(training_args.output_dir)

@@ -129,6 +129,13 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Sees that a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def seal(folder: Path) -> dict[str, str]:
     """Writes SHA256SUMS of the files in a folder, but for its card, and sees that all of it is on the disk."""
     files = sorted(file for file in folder.iterdir() if file.name not in ("README.md", "SHA256SUMS"))
@@ -137,9 +144,7 @@ def seal(folder: Path) -> dict[str, str]:
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
     (folder / "SHA256SUMS").write_text(f"# {len(sums)} files\n{text}", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(path)
     return sums
 
 
@@ -173,6 +178,7 @@ def replace(folder: Path, new: Path | None = None) -> None:
         folder.rename(old)
     if new:
         new.rename(folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

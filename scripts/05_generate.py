@@ -246,7 +246,9 @@ def main() -> None:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(f"{error} See --help.")
-    check_positive(args, "max_new_tokens", "temperature")
+    check_positive(args, "max_new_tokens", "temperature", "top_p")
+    if args.top_p > 1:
+        fail(f"--top_p is {args.top_p}. Give a share of the probability, above 0 and up to 1.")
     if args.output and Path(args.output).is_dir():
         fail(f"--output {args.output} is a folder. Give a file, such as {args.output}/answers.jsonl")
     prompts = list(args.prompt)

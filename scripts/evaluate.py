@@ -161,6 +161,10 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise ValueError("not a JSON object")  # a null would crash the reader of the next step
             number = 0
+        if files and files[0].suffix == ".json":
+            with files[0].open(encoding="utf-8-sig") as stream:
+                if stream.read(1000).lstrip()[:1] not in "[{":  # a null would crash the reader
+                    raise ValueError("neither a list nor an object")
         if files:
             options = {"keep_default_na": False} if files[0].suffix == ".csv" else {}  # None and NA are words too
             rows = load_dataset(formats[files[0].suffix], data_files=str(files[0]), split="train", **options)

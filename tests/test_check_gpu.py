@@ -283,12 +283,12 @@ def test_a_probe_that_crashes_or_hangs_is_a_finding_and_not_the_end(tmp_path):
         assert start in text
         text = text.replace(start, f"{start}    {fault}\n")
     (tmp_path / "check.py").write_text(text)
-    result = run(tmp_path / "check.py", "--timeout", "30", "--output", "report.json", cwd=tmp_path)
+    result = run(tmp_path / "check.py", "--timeout", "20", "--output", "report.json", cwd=tmp_path)
     probes = json.loads((tmp_path / "report.json").read_text())["probes"]
     assert result.returncode == 1
     assert (probes["backward"]["status"], probes["attention"]["status"]) == ("crashed", "timed out")
     assert "error: backward on the CPU: it ended with signal 6" in result.stdout
-    assert "error: attention on the CPU: it did not end within 30 s" in result.stdout
+    assert "error: attention on the CPU: it did not end within 20 s" in result.stdout
     assert probes["packages"]["status"] == probes["optimizer"]["status"] == "passed"
 
 

@@ -84,7 +84,7 @@ def test_train_merge_compare_infer_evaluate(make):
 def test_the_memory_of_longer_rows_is_predicted(method, script, recipe, make, tmp_path):
     make("download")
     model, rows = make.output / "base-model", write_rows(tmp_path / "rows.jsonl", [{"text": "memory " * 400}] * 12)
-    options = ["--config", ROOT / f"env/recipes/{recipe}.yaml", "--max_length", "256", "--max_steps", "3"]
+    options = ["--config", ROOT / f"env/recipes/{recipe}.yaml", "--max_length", "256", "--max_steps", "2"]
     predict = ["--model", model, "--method", method, "--output", "memory.json", "--", *options]
     assert run("00_check_gpu.py", *predict, cwd=tmp_path).returncode == 0
     train = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", "out", *options]

@@ -6,11 +6,13 @@ status, below zero the signal that ended it. An order may have faults: "file_siz
 "open PATH" (for writing), "os.mkdir PATH", "os.rename PATH", "os.remove PATH", "shutil.rmtree PATH".
 """
 
+import gc
 import json
 import os
 import re
 import resource
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -22,19 +24,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTTrainer, TrlParser  # noqa: F401
 
 
-def inject(file_size: int | None, signal: tuple[int, str] | None) -> None:
+def inject(file_size: int | None, at: tuple[int, str] | None) -> None:
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
     def hook(event, args):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree") or (event == "open" and args[2] & 3)
-        if changes and re.search(signal[1], f"{event} {args[0]}"):
-            os.kill(os.getpid(), signal[0])
+        if changes and re.search(at[1], f"{event} {args[0]}"):
+            os.kill(os.getpid(), at[0])
 
-    if signal:
+    if at:
         sys.addaudithook(hook)
 
 
+gc.freeze()  # else the first collection in each fork would copy nearly all of the memory
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell lets it be ignored
 answers, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
     order = json.loads(line)
