@@ -45,8 +45,11 @@ $(eval $(call setting,TORCH_VERSION,$(call kept,TORCH_VERSION)))
 $(eval $(call setting,PYTHON,$(or $(call kept,PYTHON),python3)))
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
 $(foreach name,$(build_settings),$(eval $(call setting,$(name),)))
-# These two stand in commands as they are.
+# These stand in commands as they are.
 special = $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) \ : %,$(findstring $(mark),$(1)))
+ifneq ($(strip $(call special,$(RECIPE)$(FROM))),)
+$(error RECIPE=$(RECIPE) or FROM=$(FROM) has marks that mean something to a shell. Take others)
+endif
 ifneq ($(strip $(words $(OUT)) $(words $(VENV)) $(call special,$(OUT)$(VENV))),1 1)
 $(error OUT=$(OUT) and VENV=$(VENV) must each be a path without spaces and without marks that mean something to a shell)
 endif
@@ -124,9 +127,9 @@ help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables, on the command line, in the environment or in .env:"
-	echo "  OUT=$(OUT) BASE_MODEL=$(BASE_MODEL) DATASET=$(DATASET) VALIDATION_ROWS=$(VALIDATION_ROWS) RECIPE=$(RECIPE)"
-	echo "  BACKEND=$(BACKEND) TORCH_INDEX=$(TORCH_INDEX) TORCH_VERSION=$(TORCH_VERSION) PYTHON=$(PYTHON) VENV=$(VENV)"
-	echo "  FROM=$(FROM) REPO=$(REPO) PROMPT=\"...\" ARGS=\"more options for the step\""
+	echo "  OUT=$(OUT) BASE_MODEL=$$BASE_MODEL DATASET=$$DATASET VALIDATION_ROWS=$$VALIDATION_ROWS RECIPE=$(RECIPE)"
+	echo "  BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX TORCH_VERSION=$$TORCH_VERSION PYTHON=$$PYTHON VENV=$(VENV)"
+	echo "  FROM=$(FROM) REPO=$$REPO PROMPT=\"...\" ARGS=\"more options for the step\""
 	echo "  RESTART=1 begins a training anew that was interrupted; RUN=.../run.json is for reproduce"
 	echo "  for bitsandbytes: $(build_settings)"
 

@@ -94,7 +94,7 @@ def lock(folder: Path) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no worker process inherits
     except BlockingIOError:
         stream.seek(0)
         fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")

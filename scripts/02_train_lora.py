@@ -37,6 +37,7 @@ import os
 import pickle
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -96,8 +97,16 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 # Arguments that may change between the parts of a run, and what each checkpoint of it has.
-NOT_THE_RUN = {"model_name_or_path", "dataset_name", "output_dir", "memory_prediction", "restart", "run_name"}
-NOT_THE_RUN |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "max_shard_size", "hub_token"}
+NOT_THE_RUN = {"model_name_or_path", "model_revision", "dataset_name", "output_dir", "memory_prediction", "restart"}
+NOT_THE_RUN |= {"save_steps", "save_total_limit", "max_shard_size", "per_device_eval_batch_size", "dataset_num_proc"}
+NOT_THE_RUN |= {"run_name", "report_to", "disable_tqdm", "hub_token"}
+REFUSED = {
+    "resume_from_checkpoint": "an interrupted run goes on by itself, in its --output_dir",
+    "save_only_model": "nothing could go on from such a checkpoint. To save room: --save_strategy no",
+    "ignore_data_skip": "an interrupted run would see other rows than one that was not",
+    "push_to_hub": "the training uploads nothing. Afterwards: push_model.py --help (make push)",
+    "hub_token": "every user of this machine could read it there. Put HF_TOKEN=<token> into .env instead",
+}
 REQUIRED = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json", "run.json"}
 
 
@@ -150,7 +159,7 @@ def lock(folder: Path) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no worker process inherits
     except BlockingIOError:
         stream.seek(0)
         fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")
@@ -302,6 +311,14 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
+def hash_rows(rows: Dataset) -> str:
+    """sha256 of the rows as JSON."""
+    digest = hashlib.sha256()
+    for part in rows.iter(batch_size=1000):
+        digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
+
+
 def format_rows(rows: Dataset, tokenizer) -> Dataset:
     """Chat form for prompt and completion strings, if there is a template; one BOS, the tokenizer's, for texts."""
     first = rows.column_names[0]
@@ -373,8 +390,10 @@ def find_differences(run: dict, other: dict) -> list[str]:
     pair = []
     for each in json.loads(json.dumps([run, other], default=str)):
         arguments = {key: value for key, value in each["arguments"].items() if key not in NOT_THE_RUN}
-        model = {key: value for key, value in each["base_model"].items() if key != "license"}
-        pair.append({"model": model, "rows (sha256)": each["dataset"]["sha256"]} | each["packages"] | arguments)
+        model = each["base_model"].get("sha256") or {key: each["base_model"].get(key) for key in ("name", "revision")}
+        sums = {"rows": "sha256", "held-out rows": "held_out_sha256", "tokens": "tokens_sha256"}
+        rows = {f"{what} (sha256)": each["dataset"][key] for what, key in sums.items()}
+        pair.append({"model": model} | rows | each["packages"] | arguments)
     keys = sorted(pair[0].keys() | pair[1].keys())
     values = [(key, *(side.get(key) for side in pair)) for key in keys]
     return [f"{key} {value} instead of {old}" for key, value, old in values if value != old]
@@ -389,7 +408,10 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     """The newest whole checkpoint of this run if it was interrupted; stops where another run was. Without one, or to
     restart, what is there is removed, so that the two are not mixed.
     """
-    for waste in [*output_dir.glob("checkpoints/*.old"), *output_dir.glob("checkpoints/*.tmp")]:  # of a process killed
+    for old in output_dir.glob("checkpoints/checkpoint-*.old"):  # of a process that was killed
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    for waste in [*output_dir.glob("checkpoints/*.old"), *output_dir.glob("checkpoints/*.tmp")]:
         shutil.rmtree(waste, ignore_errors=True)
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in [] if restart else checkpoints:
@@ -422,6 +444,15 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     return None
 
 
+def drop_broken_pipes() -> None:
+    """Sends to nowhere what nobody reads any more, as after Ctrl-C in `... | tee log`: writing to it would fail."""
+    for number in (1, 2):
+        pipe = select.poll()
+        pipe.register(number, 0)
+        if pipe.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 class ResumableTrainer(SFTTrainer):
     """SFTTrainer that goes on after an interruption as if there had been none, and stops where the loss is no number.
 
@@ -434,19 +465,21 @@ class ResumableTrainer(SFTTrainer):
     result_bytes: int  # what will be saved in the end
     checkpoint: Path | None = None  # to go on from
     stopped_by: int | None = None  # number of a signal
-    seconds_before = 0.0  # in the processes that this one goes on from
+    save_later = epoch_ended = False
+    seconds_before, peak_before = 0.0, 0  # of the processes that this one goes on from: their time, their peak memory
 
     def stop(self, number: int, frame) -> None:
         """Handler of signals."""
-        os.write(2, b"\nA checkpoint is saved after this step. The same signal again stops at once.\n")
         signal.signal(number, signal.SIG_DFL)
         self.stopped_by = number
+        drop_broken_pipes()
+        os.write(2, b"\nA checkpoint is saved after this step. The same signal again stops at once.\n")
 
-    def give_up(self, cause: str) -> None:
+    def give_up(self, cause: str, step: int) -> None:
         rate = self._get_learning_rate()
         last = next(iter(list_checkpoints(self.output_dir)), "none yet")
         fail(
-            f"{cause} at step {self.state.global_step + 1}, learning rate {rate:g}. The last good checkpoint: {last}.\n"
+            f"{cause} at step {step}, learning rate {rate:g}. The last good checkpoint: {last}.\n"
             f"Try, each with --restart true (RESTART=1): --learning_rate {rate / 10:g}, or --max_grad_norm 0.1 "
             "--warmup_steps 0.1 --lr_scheduler_type linear, or --bf16 false --fp16 false"
         )
@@ -455,10 +488,10 @@ class ResumableTrainer(SFTTrainer):
         """Stops where the disk has no room for the checkpoints and the result. Adam keeps 8 bytes for a parameter."""
         args, steps = self.args, self.state.max_steps
         weights = [value for value in self.model.parameters() if value.requires_grad]
-        size = sum(value.nbytes + (0 if args.save_only_model else 8 * value.numel()) for value in weights) + 2**25
+        size = sum(value.nbytes + 8 * value.numel() for value in weights) + 2**25
         every = {"steps": self.state.save_steps, "epoch": steps / args.num_train_epochs}.get(args.save_strategy, steps)
-        count = 0 if args.save_strategy == "no" else math.ceil(steps / every)
-        count = min(count, (args.save_total_limit or count) + 1) - len(list_checkpoints(self.output_dir))
+        left = 0 if args.save_strategy == "no" else math.ceil((steps - self.state.global_step) / every)
+        count = min(left, (args.save_total_limit or left) + 1 - len(list_checkpoints(self.output_dir)))
         needed, free = max(count, 0) * size + self.result_bytes, shutil.disk_usage(self.output_dir).free
         if needed > free:
             fail(
@@ -470,8 +503,12 @@ class ResumableTrainer(SFTTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            self.give_up(f"the loss is {loss.item()}")
+            self.give_up(f"the loss is {loss.item()}", self.state.global_step + 1)
         return loss
+
+    def check_weights(self) -> None:
+        if not all(value.isfinite().all() for value in self.model.parameters() if value.requires_grad):
+            self.give_up("the weights are not finite", self.state.global_step)
 
     def restore(self) -> None:
         """Takes over from the checkpoint what was counted since its last log and in its process."""
@@ -482,6 +519,8 @@ class ResumableTrainer(SFTTrainer):
             self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
             self._metrics["train"].update(progress["metrics"])
             self._total_train_tokens, self.seconds_before = progress["tokens"], progress["seconds"]
+            self.peak_before = progress["peak_memory_bytes"]
+            self.state.compute_steps(self.args, self.state.max_steps)  # how often to save may be another now
             self.model.train()  # else SFTTrainer would not log it
             self._initial_global_step = 0  # the mean loss is that of the whole run
             self.epoch_rng = torch.tensor(list(bytes.fromhex(progress["epoch_rng"])), dtype=torch.uint8)
@@ -503,42 +542,58 @@ class ResumableTrainer(SFTTrainer):
 
     def _finalize_training(self, *args):
         self.restore()  # where no epoch was left to run
-        return super()._finalize_training(*args)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # 1 would remove all but the best
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        if self.stopped_by and not self.control.should_training_stop:
-            self.control.should_save = self.control.should_training_stop = True
+        """Called after each step, and again at the end of an epoch, where what is due then comes before the save."""
+        control, last_of_epoch = self.control, self.state.epoch == int(self.state.epoch)
+        if self.stopped_by and self.state.global_step < self.state.max_steps:
+            if control.should_training_stop and not last_of_epoch:
+                return  # the epoch was broken off: it has no end
+            drop_broken_pipes()
+            control.should_save = control.should_training_stop = True
+        if last_of_epoch and not self.epoch_ended:
+            self.save_later, control.should_save = control.should_save, False
+        else:
+            control.should_save |= self.save_later
+            self.save_later = False
+        self.epoch_ended = last_of_epoch and not self.epoch_ended
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _determine_best_metric(self, metrics: dict, trial) -> bool:
+        return super()._determine_best_metric(metrics, trial) or self.stopped_by is not None
+
     def _save_checkpoint(self, model, trial) -> None:
-        if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
-            self.give_up("the weights are not finite")
+        self.check_weights()
         args, folder, limit = self.args, self.args.output_dir, self.args.save_total_limit
         args.output_dir, args.save_total_limit = f"{folder}/new.tmp", None
         try:
             super()._save_checkpoint(model, trial)
             new = Path(args.output_dir, f"checkpoint-{self.state.global_step}")
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = f"{folder}/checkpoint-{self.state.best_global_step}"
-                self.state.save_to_json(str(new / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                progress = {
-                    "loss": self._tr_loss.item(),
-                    "total_loss": self._total_loss_scalar,
-                    "last_logged": self._globalstep_last_logged,
-                    "metrics": self._metrics["train"],
-                    "tokens": self._total_train_tokens,
-                    "seconds": self.seconds_before + time.time() - self.began,
-                    "epoch_rng": self.epoch_rng.numpy().tobytes().hex(),
-                }
-                write_json(new / "progress.json", progress)
-                write_json(new / "run.json", self.run)
-                seal(new)
-                replace(Path(folder, new.name), new)
-                for old in list_checkpoints(self.output_dir)[limit:] if limit else []:
-                    if str(old) != self.state.best_model_checkpoint:
-                        replace(old)
+            best = Path(folder, f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.name == new.name or best.exists() else None
+            self.state.save_to_json(str(new / "trainer_state.json"))
+            progress = {
+                "loss": self._tr_loss.item(),
+                "total_loss": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+                "metrics": self._metrics["train"],
+                "tokens": self._total_train_tokens,
+                "seconds": self.seconds_before + time.time() - self.began,
+                "peak_memory_bytes": max(self.peak_before, peak_memory()),
+                "epoch_rng": self.epoch_rng.numpy().tobytes().hex(),
+            }
+            write_json(new / "progress.json", progress)
+            write_json(new / "run.json", self.run)
+            seal(new)
+            replace(Path(folder, new.name), new)
+            for old in list_checkpoints(self.output_dir)[limit:] if limit else []:
+                if old != best:
+                    replace(old)
         except Exception as error:  # a full disk: each library raises its own
             last = next(iter(list_checkpoints(self.output_dir)), "none")
             fail(
@@ -570,15 +625,17 @@ def limit_memory() -> None:
     free_bytes = (int(free[1]) + int(own[1])) * 1024
     groups = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current")]
     if all(file.is_file() for file in groups) and (most := groups[0].read_text().strip()).isdigit():
-        free_bytes = min(free_bytes, int(most) - int(groups[1].read_text()) + int(own[1]) * 1024)
+        cached = re.findall(r"^(?:in)?active_file (\d+)", groups[1].with_name("memory.stat").read_text(), re.MULTILINE)
+        used = int(groups[1].read_text()) - sum(map(int, cached))
+        free_bytes = min(free_bytes, int(most) - used + int(own[1]) * 1024)
     resource.setrlimit(resource.RLIMIT_DATA, (free_bytes if limit < 0 else min(limit, free_bytes), hard))
 
 
 def explain_memory(error: Exception, report: dict, args: SFTConfig) -> None:
     """Stops with settings that take less if the error is one of memory; report: that of 00_check_gpu.py --model."""
     text = " ".join(str(error).split())
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
-        raise error
+    if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", text):
+        return
     smaller = [f"{each['options']} ({each['bytes'] / 2**30:.2f} GiB)" for each in report.get("smaller", [])]
     if not smaller:
         batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -596,7 +653,8 @@ def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[floa
     total, count = 0.0, 0
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
         labelled = (batch["labels"][:, 1:] != -100).sum().item()
-        loss = model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        loss = model.eval()(**inputs).loss
         total, count = total + loss.item() * labelled, count + labelled
     return total / count, count
 
@@ -639,12 +697,11 @@ def main() -> None:
     if training_args.weight_decay < 0:
         fail(f"--weight_decay is {training_args.weight_decay}: weights would grow. Give 0 or more.")
     output_dir = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint not in (None, "true"):
-        fail("an interrupted run goes on by itself, in its --output_dir. Leave out --resume_from_checkpoint.")
-    if training_args.push_to_hub:
-        fail("the training uploads nothing. Leave out --push_to_hub, and then: push_model.py --help (make push)")
-    if training_args.hub_token:
-        fail("every user of this machine could read a token in the options. Put HF_TOKEN=<token> into .env instead.")
+    for name, reason in REFUSED.items():
+        if getattr(training_args, name):
+            fail(f"--{name} is refused: {reason}. Leave it out.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("this is for one accelerator, and runs as one process. Start it without a launcher.")
     training_args.output_dir = str(output_dir / "checkpoints")
     training_args.include_num_input_tokens_seen = "non_padding"
     model_args.use_peft = True
@@ -655,8 +712,7 @@ def main() -> None:
             fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
         prediction = read_json(Path(report))
         predicted = prediction["predictions"]  # none: an unknown architecture
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        held = lock(output_dir)  # noqa: F841  until the end of main
+    held = lock(output_dir)  # noqa: F841  until the end of main
 
     # Data, tokenizer, base model
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, training_args.dataset_text_field)
@@ -704,6 +760,7 @@ def main() -> None:
             peft_config=get_peft_config(model_args),
         )
     except Exception as error:  # of an option, of a row, of the chat template: each raises its own
+        explain_memory(error, prediction, training_args)
         fail(f"{' '.join(str(error).split())[:600]} Look at the rows: audit_tokens.py (make audit), or see --help.")
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes an adapter of 4-bit weights bfloat16, which rounds small updates away
@@ -724,7 +781,9 @@ def main() -> None:
             "name": script_args.dataset_name,
             "origin": read_json(note).get("dataset") if note.is_file() else None,
             "rows": len(rows),
-            "sha256": hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest(),
+            "sha256": hash_rows(rows),
+            "held_out_sha256": held_out and hash_rows(held_out),
+            "tokens_sha256": hash_rows(trainer.train_dataset.select_columns("input_ids")),
         },
         "recipe": next((value for key, value in zip(sys.argv, sys.argv[1:], strict=False) if key == "--config"), None),
         "arguments": {
@@ -739,6 +798,7 @@ def main() -> None:
     trainer.output_dir = output_dir
     trainer.result_bytes = sum(value.nbytes for value in trainer.model.parameters() if value.requires_grad)
     trainer.checkpoint = find_checkpoint(output_dir, trainer.run, script_args.restart)
+    training_args.eval_on_start &= trainer.checkpoint is None
     handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         metrics = trainer.train(resume_from_checkpoint=trainer.checkpoint and str(trainer.checkpoint)).metrics
@@ -749,20 +809,20 @@ def main() -> None:
         )
     except (RuntimeError, MemoryError) as error:
         explain_memory(error, prediction, training_args)
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if trainer.stopped_by and trainer.state.global_step < trainer.state.max_steps:
         print(f"Stopped after step {trainer.state.global_step}. Type the same command again to go on.", file=sys.stderr)
         sys.exit(128 + trainer.stopped_by)
+    trainer.check_weights()
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
-    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": peak_memory()}
+    metrics |= {"weights_bytes": weights_bytes, "peak_memory_bytes": max(trainer.peak_before, peak_memory())}
     if predicted:
         metrics["predicted_memory_bytes"] = predicted[0]["bytes"]["allocated"]
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
-    if not trainer.is_world_process_zero():
-        return
     if "revision" in base:
         config = trainer.model.peft_config["default"]
         config.base_model_name_or_path, config.revision = base["name"], base["revision"]
@@ -779,7 +839,7 @@ def main() -> None:
 
     # Measure it on the held-out rows
     if held_out:
-        batch_size = training_args.per_device_eval_batch_size
+        batch_size = training_args.per_device_train_batch_size  # that of which the memory sufficed
         loss, tokens = held_out_loss(trainer.model, trainer.eval_dataset, trainer.data_collator, batch_size)
         metrics |= {"eval_loss": loss, "eval_tokens": tokens}
         print(f"held-out loss {loss:.4f} over {tokens} tokens")

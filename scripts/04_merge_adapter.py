@@ -97,7 +97,7 @@ def lock(folder: Path) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no worker process inherits
     except BlockingIOError:
         stream.seek(0)
         fail(f"process {stream.read().strip()} is writing to {folder}. Wait for its end, or take another folder (OUT).")
@@ -359,7 +359,7 @@ def main() -> None:
     if output_dir.resolve() == folder.resolve().parent:
         fail(f"{output_dir} holds the record of the adapter's training. Give another --output_dir.")
     base, revision = find_base(name, args.base_model)
-    weights = folder / "adapter_model.safetensors"
+    adapter_sha256 = sha256(folder / "adapter_model.safetensors")
     held = lock(output_dir)  # noqa: F841  until the end of main
     try:
         config = AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
@@ -407,12 +407,16 @@ def main() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
+    if sha256(folder / "adapter_model.safetensors") != adapter_sha256:
+        shutil.rmtree(temporary)
+        fail(f"a training wrote another adapter to {name} meanwhile. Type the same command again.")
+
     # Put all in the place of the last result; run.json is there only when the rest is
     run = {
         "script": Path(__file__).name,
         "base_model": training.get("base_model") or {"name": base, "revision": revision},
         "dataset": training.get("dataset"),
-        "adapter": {"name": name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "adapter": {"name": name, "sha256": adapter_sha256},
         "training": {key: value for key, value in training.items() if key not in ("base_model", "dataset", "history")},
         "arguments": asdict(args),
         **describe_machine(),

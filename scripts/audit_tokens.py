@@ -277,6 +277,7 @@ def main() -> None:
     except Exception as error:  # of YAML, of the values
         fail(f"{' '.join(str(error).split())} See --help.")
     check_positive(args, "per_device_train_batch_size", "max_length")
+    args.eval_strategy, args.load_best_model_at_end = "no", False  # nothing is evaluated here
 
     rows = load_rows(script_args.dataset_name, script_args.dataset_train_split, args.dataset_text_field)
     name = model_args.model_name_or_path

@@ -188,6 +188,14 @@ def load_rows(name: str, split: str, text_field: str = "text", revision: str | N
     return rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
 
 
+def hash_rows(rows: Dataset) -> str:
+    """sha256 of the rows as JSON."""
+    digest = hashlib.sha256()
+    for part in rows.iter(batch_size=1000):
+        digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
+
+
 def format_rows(rows: Dataset, tokenizer) -> Dataset:
     """Chat form for prompt and completion strings, if there is a template; one BOS, the tokenizer's, for texts."""
     first = rows.column_names[0]
@@ -303,7 +311,7 @@ def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]
 def check_training_rows(models: list[str], dataset_name: str, held_out: Dataset) -> None:
     """Refuses a model trained on the held-out rows, or on others than those beside them: they may be among these."""
     beside = load_rows(dataset_name, "train") if Path(dataset_name, "train.jsonl").is_file() else None
-    pins = [rows and hashlib.sha256(json.dumps(rows[:]).encode()).hexdigest() for rows in (held_out, beside)]
+    pins = [rows and hash_rows(rows) for rows in (held_out, beside)]
     for model in models:
         note = Path(model).parent / "run.json"
         trained_on = read_json(note).get("dataset") if note.is_file() else None
@@ -321,7 +329,8 @@ def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[floa
     total, count = 0.0, 0
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
         labelled = (batch["labels"][:, 1:] != -100).sum().item()
-        loss = model.eval()(**{key: value.to(model.device) for key, value in batch.items()}).loss
+        inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        loss = model.eval()(**inputs).loss
         total, count = total + loss.item() * labelled, count + labelled
     return total / count, count
 

@@ -23,22 +23,9 @@ from pathlib import Path
 TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
 # What is given anew: paths, and what belongs to the machine or to one process.
 NOT_REPEATED = {"model_name_or_path", "model_revision", "dataset_name", "dataset_train_split", "dataset_test_split"}
-NOT_REPEATED |= {
-    "output_dir",
-    "memory_prediction",
-    "restart",
-    "resume_from_checkpoint",
-    "hub_token",
-    "push_to_hub_token",
-}
-NOT_REPEATED |= {
-    "run_name",
-    "include_num_input_tokens_seen",
-    "use_peft",
-    "deepspeed",
-    "fsdp_config",
-    "accelerator_config",
-}
+NOT_REPEATED |= {"output_dir", "memory_prediction", "restart", "resume_from_checkpoint", "hub_token"}
+NOT_REPEATED |= {"run_name", "include_num_input_tokens_seen", "use_peft", "push_to_hub_token"}
+NOT_REPEATED |= {"deepspeed", "fsdp_config", "accelerator_config"}
 
 
 def fail(message: str) -> None:
@@ -126,15 +113,20 @@ def main() -> None:
     model, model_pin = find_source("model", run["base_model"])
     origin = run["dataset"]["origin"] or {"name": run["dataset"]["name"]}
     data, data_pin = find_source("dataset", origin)
+    held_out = origin.get("held_out_rows", 0)
+    if not isinstance(held_out, int) or "\n" in f"{model}{data}":  # each is to be a line
+        fail(f"{args.run} is not the record of a training: {held_out!r} held-out rows of {data!r}, {model!r}.")
+    if run["arguments"].get("trust_remote_code"):
+        fail("the run executed code that came with its model. A record alone is no reason: type its command yourself.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {
         key: value
         for key, value in run["arguments"].items()
-        if key not in NOT_REPEATED and value not in (None, f"<{key.upper()}>")  # the latter hides what ends in token
+        if key not in NOT_REPEATED and value != f"<{key.upper()}>"  # which hides what ends in token
     }
     # JSON is YAML too.
     write_text(args.output_dir / "reproduce.yaml", json.dumps(arguments, indent=2) + "\n")
-    lines = (target, model, data, origin.get("held_out_rows", 0), f"{model_pin} {data_pin}".strip(), folder)
+    lines = (target, model, data, held_out, f"{model_pin} {data_pin}".strip(), folder)
     write_text(args.output_dir / "reproduce.txt", "".join(f"{line}\n" for line in lines))
     print(f"{target} again, {model} on {data}, in {args.output_dir}")
 

@@ -20,6 +20,8 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # Hubs are not reached from tests; what would go there must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+cache = tempfile.TemporaryDirectory(prefix="cache-")  # until the end of the tests
+os.environ["HF_HOME"] = cache.name
 
 # The form of Llama-2's template: BOS, [INST] question [/INST] answer, EOS.
 CHAT_TEMPLATE = (

@@ -79,6 +79,8 @@ def test_what_pins_a_source_is_passed_on():
     [
         (["nowhere.json", "--output_dir", "again"], "no run at nowhere.json"),
         (["merge.json", "--output_dir", "again"], "is not the record of a training"),
+        (["lines.json", "--output_dir", "again"], "is not the record of a training"),
+        (["code.json", "--output_dir", "again"], "executed code that came with its model"),
         (["lora/run.json", "--output_dir", "."], "Add: OUT=outputs/again"),
     ],
 )
@@ -86,5 +88,10 @@ def test_wrong_input_is_named(args, said, recorded, tmp_path, monkeypatch, capsy
     (tmp_path / "lora").mkdir()
     shutil.copy(recorded / "train-lora/run.json", tmp_path / "lora")
     (tmp_path / "merge.json").write_text(json.dumps({"script": "04_merge_adapter.py"}))
+    record = json.loads((tmp_path / "lora/run.json").read_text())
+    record["arguments"]["trust_remote_code"] = True
+    (tmp_path / "code.json").write_text(json.dumps(record))
+    record["dataset"]["origin"]["held_out_rows"] = "0\n; touch hacked #"
+    (tmp_path / "lines.json").write_text(json.dumps(record))
     check_refusal("reproduce_run.py", args, said, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "again").exists()

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import load, run, write_rows
+from safetensors.torch import load_file, save_file
 
 OPTIONS = ["--learning_rate", "0.01", "--num_train_epochs", "3", "--logging_steps", "4", "--save_steps", "5"]
 SCRIPTS = {
@@ -88,6 +90,102 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
     assert record["train_samples_per_second"] * record["train_runtime"] == pytest.approx(84, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (4, "--save_strategy epoch --eval_strategy epoch --dataset_test_split validation"),
+        (7, "--save_steps 7 --eval_strategy epoch --dataset_test_split validation"),
+        (7, "--save_steps 7 --logging_strategy epoch"),
+        (5, "--save_strategy best --metric_for_best_model loss --greater_is_better true --save_total_limit 1 "
+            "--eval_strategy steps --eval_steps 1 --eval_on_start true --dataset_test_split validation"),
+        (3, "--packing true --max_length 64 --dataset_test_split validation"),
+    ],
+)  # fmt: skip
+def test_so_does_one_with_other_options(step, options, tiny_model, question_rows, tmp_path, monkeypatch):
+    for name in ("whole", "parts"):
+        args = command(tiny_model, question_rows, tmp_path / name, *options.split())
+        if name == "parts":
+            assert train_until(step, "lora", args, monkeypatch) == 128 + signal.SIGTERM
+        result = run("02_train_lora.py", *args, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert f"checkpoint-{step}\n" in result.stdout
+    assert read(tmp_path / "parts", "lora") == read(tmp_path / "whole", "lora")
+
+
+def test_a_run_goes_on_with_a_moved_model_and_saves_as_often_as_is_asked_then(
+    uninterrupted, tiny_model, question_rows, tmp_path, monkeypatch
+):
+    train_until(3, "lora", command(tiny_model, question_rows, tmp_path / "lora"), monkeypatch)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    options = ("--save_steps", "4", "--save_total_limit", "9")
+    result = run("02_train_lora.py", *command(model, question_rows, tmp_path / "lora", *options), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert read(tmp_path / "lora", "lora") == read(uninterrupted / "lora", "lora")
+    names = {path.name for path in (tmp_path / "lora/checkpoints").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (3, 4, 8, 12, 16, 20, 21)}
+
+
+def test_a_checkpoint_that_was_being_exchanged_is_gone_on_from(uninterrupted, tiny_model, question_rows, tmp_path):
+    shutil.copytree(uninterrupted / "lora", tmp_path / "lora")
+    (tmp_path / "lora/run.json").unlink()
+    newest = tmp_path / f"lora/checkpoints/checkpoint-{STEPS}"
+    newest.rename(newest.with_name(f"{newest.name}.old"))
+    result = run("02_train_lora.py", *command(tiny_model, question_rows, tmp_path / "lora"), cwd=tmp_path)
+    assert result.returncode == 0 and f"Going on from {newest}\n" in result.stdout
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_weights_that_are_not_finite_are_no_result(kind, tiny_model, question_rows, tmp_path, monkeypatch):
+    module = load(SCRIPTS[kind][0])
+    training_step = module.ResumableTrainer.training_step
+
+    def spoiled_step(self, *args, **kwargs):
+        loss = training_step(self, *args, **kwargs)
+        if self.state.global_step + 1 == STEPS:
+            next(weight for weight in self.model.parameters() if weight.requires_grad).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(module.ResumableTrainer, "training_step", spoiled_step)
+    args = command(tiny_model, question_rows, tmp_path / kind, "--save_strategy", "no")
+    monkeypatch.setattr("sys.argv", [SCRIPTS[kind][0], *map(str, args)])
+    with pytest.raises(SystemExit, match=f"the weights are not finite at step {STEPS},"):
+        module.main()
+    assert not (tmp_path / kind / "run.json").exists() and not (tmp_path / SCRIPTS[kind][1]).exists()
+
+
+def test_workers_of_a_dead_process_do_not_hold_its_lock(tmp_path):
+    locks = {load(script).lock for script in ("01_download.py", "02_train_lora.py", "04_merge_adapter.py")}
+    for lock in locks:
+        reader, writer = os.pipe()
+        if (parent := os.fork()) == 0:
+            held = lock(tmp_path)  # noqa: F841
+            if (worker := os.fork()) == 0:
+                time.sleep(60)
+            os.write(writer, f"{worker}\n".encode())
+            os._exit(0)
+        os.waitpid(parent, 0)
+        worker = int(os.read(reader, 20))
+        try:
+            lock(tmp_path).close()
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_what_nobody_reads_any_more_goes_to_nowhere():
+    for script, _ in SCRIPTS.values():
+        reader, writer = os.pipe()
+        os.close(reader)
+        stdout = os.dup(1)
+        os.dup2(writer, 1)
+        try:
+            with pytest.raises(BrokenPipeError):
+                os.write(1, b"a")
+            load(script).drop_broken_pipes()
+            assert os.write(1, b"a") == 1
+        finally:
+            os.dup2(stdout, 1)
+
+
 def test_a_run_that_ended_within_an_epoch_gets_no_step_more(tiny_model, question_rows, tmp_path):
     args = command(tiny_model, question_rows, tmp_path / "lora", "--max_steps", "10")
     assert run("02_train_lora.py", *args, cwd=tmp_path).returncode == 0
@@ -104,12 +202,17 @@ def test_another_run_is_not_mixed_with_an_interrupted_one(tiny_model, question_r
     before = snapshot(tmp_path)
     rows = question_rows / "train.jsonl"
     fewer = write_rows(tmp_path / "fewer.jsonl", [json.loads(line) for line in rows.read_text().splitlines()][:20])
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    run("01_download.py", "--only", "model", "--model_name_or_path", model, "--output_dir", tmp_path, cwd=tmp_path)
+    model, template = (shutil.copytree(tiny_model, tmp_path / name) for name in ("model", "template"))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with (template / "chat_template.jinja").open("a") as stream:
+        stream.write(" a")
     others = {
         "learning_rate 0.02 instead of 0.01": ["--learning_rate", "0.02"],
         "rows (sha256)": ["--dataset_name", str(fewer)],
-        "model {'name'": ["--model_name_or_path", str(tmp_path / "base-model")],
+        "held-out rows (sha256)": ["--dataset_test_split", "validation"],
+        "error: a run was interrupted": ["--model_name_or_path", str(model)],
+        "another one: tokens (sha256)": ["--model_name_or_path", str(template)],
         "lora_r 8 instead of 64; seed 1 instead of 42": ["--seed", "1", "--lora_r", "8"],
     }
     for said, options in others.items():

@@ -363,10 +363,11 @@ HOSTILE = {
 }
 TARGETS = {
     "PROMPT": ["infer", "pipeline"],
-    "BASE_MODEL": ["train-lora", "check-gpu"],
-    "DATASET": ["train-lora"],
-    "VALIDATION_ROWS": ["train-lora"],
-    "REPO": ["push"],
+    "BASE_MODEL": ["train-lora", "check-gpu", "help"],
+    "DATASET": ["train-lora", "help"],
+    "VALIDATION_ROWS": ["train-lora", "help"],
+    "REPO": ["push", "help"],
+    "TORCH_INDEX": ["help"],
     "RUN": ["reproduce"],
 }
 REFUSED = {
@@ -403,5 +404,7 @@ def test_variables_are_just_text(kind, place, trained_once):
             assert not list(project.folder.rglob("executed")), (name, target, result.stderr)
             if name in REFUSED and not (kind == "dashes" and name in ("OUT", "VENV")):
                 assert result.returncode == 2, (name, result.stdout)
+            elif target == "help":
+                assert kind == "lines" or place == ".env" or text in result.stdout, (name, result.stdout)
             elif name in TARGETS and name != "RUN" and place != ".env":
                 assert text in project.log.read_text(), (name, target)
