@@ -234,7 +234,8 @@ $(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
 $(OUT)/.args/prompt: export TEXT = $(PROMPT)
 $(OUT)/.args/evaluated: export TEXT = $(evaluated)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
-keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; }
+keep_text = @[ -e $@ ] && [ "$$(<$@)" = "$$TEXT" ] || { mkdir -p $(@D) && printf '%s\n' "$$TEXT" > $@; } \
+	|| { echo "error: nothing can be written to $(@D). Give another folder: OUT=FOLDER" >&2; exit 1; }
 $(VENV).settings: FORCE
 	@mkdir -p $(@D)
 	cp -p $@ $@.before 2> /dev/null || true

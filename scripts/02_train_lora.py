@@ -814,7 +814,8 @@ def main() -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if trainer.stopped_by and trainer.state.global_step < trainer.state.max_steps:
-        print(f"Stopped after step {trainer.state.global_step}. Type the same command again to go on.", file=sys.stderr)
+        again = "the same command, without --restart true (RESTART=1)," if script_args.restart else "the same command"
+        print(f"Stopped after step {trainer.state.global_step}. Type {again} again to go on.", file=sys.stderr)
         sys.exit(128 + trainer.stopped_by)
     trainer.check_weights()
     metrics["tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]

@@ -112,6 +112,13 @@ def test_so_does_one_with_other_options(step, options, tiny_model, question_rows
     assert read(tmp_path / "parts", "lora") == read(tmp_path / "whole", "lora")
 
 
+def test_a_run_begun_anew_says_how_not_to_lose_it(tiny_model, question_rows, tmp_path, monkeypatch, capsys):
+    args = command(tiny_model, question_rows, tmp_path / "lora", "--restart", "true")
+    train_until(3, "lora", args, monkeypatch)
+    said = "Type the same command, without --restart true (RESTART=1), again to go on."
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_a_moved_model_and_saves_as_often_as_is_asked_then(
     uninterrupted, tiny_model, question_rows, tmp_path, monkeypatch
 ):
