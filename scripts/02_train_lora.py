@@ -432,7 +432,7 @@ def find_checkpoint(output_dir: Path, run: dict, restart: bool) -> Path | None:
     restart, what is there is removed, so that the two are not mixed.
     """
     for old in output_dir.glob("checkpoints/checkpoint-*.old"):  # of a process that was killed
-        if not old.with_suffix("").exists():
+        if not old.with_suffix("").exists() and (old / "SHA256SUMS").is_file() and not find_damage(old):
             old.rename(old.with_suffix(""))
     for waste in [*output_dir.glob("checkpoints/*.old"), *output_dir.glob("checkpoints/*.tmp")]:
         shutil.rmtree(waste, ignore_errors=True)

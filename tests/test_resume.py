@@ -141,6 +141,17 @@ def test_a_checkpoint_that_was_being_exchanged_is_gone_on_from(uninterrupted, ti
     assert result.returncode == 0 and f"Going on from {newest}\n" in result.stdout
 
 
+def test_a_checkpoint_that_was_being_removed_is_gone(uninterrupted, tiny_model, question_rows, tmp_path):
+    shutil.copytree(uninterrupted / "lora", tmp_path / "lora")
+    last, *others = sorted((tmp_path / "lora/checkpoints").glob("checkpoint-*"))
+    for checkpoint in others:
+        shutil.rmtree(checkpoint)
+    (last / "optimizer.pt").unlink()
+    last.rename(last.with_name(f"{last.name}.old"))
+    result = run("02_train_lora.py", *command(tiny_model, question_rows, tmp_path / "lora"), cwd=tmp_path)
+    assert result.returncode == 0 and "Going on" not in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_weights_that_are_not_finite_are_no_result(kind, tiny_model, question_rows, tmp_path, monkeypatch):
     module = load(SCRIPTS[kind][0])
