@@ -62,11 +62,13 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 PY := $(VENV)/bin/python
 # A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
 # there is a MODEL-NAME.yaml for this base model, it is taken for NAME; where there is a NAME-full.yaml beside NAME.yaml,
-# it is the one of the training without LoRA.
-recipe_file := $(if $(RECIPE),$(if $(filter %.yaml,$(RECIPE)),$(RECIPE),$(or \
-	$(wildcard env/recipes/$(BASE_MODEL)-$(RECIPE).yaml),env/recipes/$(RECIPE).yaml)))
+# it is the one of the training without LoRA. fast: what would be taken without RECIPE, with settings of this machine.
+fast := $(filter fast,$(RECIPE))
+recipe_name := $(if $(fast),$(filter embedded,$(BASE_MODEL)),$(RECIPE))
+recipe_file := $(if $(recipe_name),$(if $(filter %.yaml,$(recipe_name)),$(recipe_name),$(or \
+	$(wildcard env/recipes/$(BASE_MODEL)-$(recipe_name).yaml),env/recipes/$(recipe_name).yaml)))
 ifneq ($(recipe_file),$(wildcard $(recipe_file)))
-$(error there is no $(recipe_file). Type RECIPE= with one of: $(patsubst env/recipes/%.yaml,%,$(wildcard env/recipes/*.yaml)), a .yaml file, or nothing)
+$(error there is no $(recipe_file). Type RECIPE= with one of: fast $(patsubst env/recipes/%.yaml,%,$(wildcard env/recipes/*.yaml)), a .yaml file, or nothing)
 endif
 recipe_full := $(or $(wildcard $(recipe_file:.yaml=-full.yaml)),$(recipe_file))
 ifneq ($(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell grep -E '^load_in_[48]bit: *true' $(recipe_full))),)
@@ -201,9 +203,8 @@ test: $(VENV)/tested ## run the tests
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, and see that nothing is lost (long)
 	@FAULTS=full $(PY) -m pytest tests/test_faults.py tests/test_bad_input.py tests/test_security.py -v -s -p no:warnings $(ARGS)
 
-bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with a bare PyTorch loop, of train-full with FROM=full
-	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset \
-		$(if $(filter full,$(FROM)),--full) $(addprefix --recipe ,$(if $(filter full,$(FROM)),$(recipe_full),$(recipe_file))) $(ARGS)
+bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with what else could be run, of train-full with FROM=full
+	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset --output_dir $(OUT)/bench $(if $(filter full,$(FROM)),--full) $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -215,7 +216,7 @@ docker-run: ## print how to build and to run the Docker image for ROCm
 	@env/docker_run.sh
 
 clean: ## remove what the steps left in OUT
-	@rm -rf $(addprefix $(OUT)/,.args .lock check answers base-model dataset full lora merged report reproduce.txt reproduce.yaml) \
+	@rm -rf $(addprefix $(OUT)/,.args .lock check answers base-model bench dataset full lora merged report reproduce.txt reproduce.yaml) \
 		$(OUT)/base-model.* $(OUT)/dataset.*
 
 distclean: clean ## remove the Python environment too
@@ -230,7 +231,7 @@ args = $(if $(filter $(1) $(if $(filter train-%,$(1)),tutorial),$(MAKECMDGOALS))
 $(VENV).settings: export TEXT = $(foreach name,PYTHON BACKEND TORCH_INDEX TORCH_VERSION,$(name)=$($(name)))
 $(OUT)/.args/base-model: export TEXT = $(BASE_MODEL)
 $(OUT)/.args/dataset: export TEXT = $(DATASET) $(VALIDATION_ROWS)
-$(OUT)/.args/recipe: export TEXT = $(recipe_file) $(recipe_full)
+$(OUT)/.args/recipe: export TEXT = $(fast) $(recipe_file) $(recipe_full)
 $(OUT)/.args/prompt: export TEXT = $(PROMPT)
 $(OUT)/.args/evaluated: export TEXT = $(evaluated)
 $(OUT)/.args/%: export TEXT = $(call args,$*)
@@ -283,9 +284,12 @@ $(OUT)/dataset/audit-full.json: scripts/audit_tokens.py $(OUT)/dataset/run.json 
 	$(call audit,train-full,$(recipe_full))
 
 # What a training will take is predicted each time it is to begin, and one that does not fit is not begun, unless FORCE=1.
+# The recipe fast is written there: settings that take less memory where it does not fit.
+config = $(addprefix --config ,$(if $(fast),$(OUT)/check/fast-$(1).yaml,$(2)))
 define predict
-	$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
-		$(addprefix --config ,$(2)) $(call args,train-$(1))
+	$(if $(fast),$(PY) scripts/choose_fast.py --method $(1) $(addprefix --config ,$(2)) --output $(OUT)/check/fast-$(1).yaml -- \
+		)$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
+		$(call config,$(1),$(2)) $(call args,train-$(1))
 endef
 $(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(if $(wildcard $(OUT)/lora/run.json),,FORCE)
 	$(call predict,lora,$(recipe_file))
@@ -297,13 +301,13 @@ restart = $(if $(filter 1,$(RESTART)),$(if $(filter tutorial train-$(1),$(MAKECM
 data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
 $(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora \
 		$(call restart,lora,FORCE) | $(OUT)/check/memory-lora.json
-	exec $(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_file)) \
+	exec $(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(call config,lora,$(recipe_file)) \
 		--memory_prediction $(OUT)/check/memory-lora.json --output_dir $(OUT)/lora $(call restart,lora,--restart true) \
 		$(call args,train-lora)
 
 $(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full \
 		$(call restart,full,FORCE) | $(OUT)/check/memory-full.json
-	exec $(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(addprefix --config ,$(recipe_full)) \
+	exec $(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(call config,full,$(recipe_full)) \
 		--memory_prediction $(OUT)/check/memory-full.json --output_dir $(OUT)/full $(call restart,full,--restart true) \
 		$(call args,train-full)
 

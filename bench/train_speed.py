@@ -1,124 +1,359 @@
-"""Compare the training speed of a training script with a bare PyTorch loop, in one run.
+"""Measure the training scripts beside what else could be run, in one run: the same model, rows and number of steps.
 
-    make bench ARGS="--rounds 2"
-    make bench FROM=full
+    make bench
+    make bench ARGS="--data guanaco.parquet --rows 200 --rounds 3 --only 'bare loop' --only 'script, fast'"
+    make bench ARGS="--size llama2-7b --data guanaco.parquet"   # on an accelerator, from nothing but a config
 
-The bare loop is the practical limit: the same model, LoRA layers or none, number of rows and real tokens in a batch,
-but each batch is cut from the running tokens of its rows, so that nothing is padded, and nothing but forward, backward
-and optimizer step is done. Both are run in turn, each in a process of its own; speed counts real tokens, never padding.
+All train the tutorial's LoRA adapter (r=64, alpha 16, dropout 0.1), or all parameters with --full, for one epoch:
+
+bare loop           a PyTorch loop over unpadded batches, fused AdamW (bare_loop.py): the practical limit
+bare loop, fast     the same with the precision and the memory settings of the recipe fast
+script              02_train_lora.py or 03_train_full.py as they are: the tutorial's values
+script, fast        the same with the recipe fast of this machine
+script, RECIPE      the same with --recipe, where it is given
+trl sft             TRL's command line with the tutorial's values
+trl sft, defaults   the same with TRL's own values
+tutorial            the tutorial's snippets (tutorial_snippet.py)
+Trainer             transformers' own Trainer with the tutorial's values (plain_trainer.py)
+LLaMA-Factory, litgpt, torchtune    with --peers, each in an environment of its own, which is made here
+
+Each runs in a process of its own, in turn, --rounds times. Real tokens are those of the rows, each cut at --max_length;
+padding is never counted. tokens/s is real tokens over the time from the first forward pass to the last step.
+MFU (model FLOPs utilisation) is the share of the matmul peak that the model's arithmetic takes: the most that a product
+of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16 where it multiplies in that. For a
+token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x hidden size x
+length; the backward 2 for each weight, 2 more for each that is trained, and for attention twice what the forward took.
+What is computed twice with gradient checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
+Writes speed.json, speed.md and speed.png to --output_dir.
 """
 
 import argparse
 import json
-import multiprocessing
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+SCRIPTS = BENCH.parent / "scripts"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+PEERS = {
+    "LLaMA-Factory": ["llamafactory==0.9.5"],
+    "litgpt": ["litgpt==0.5.13", "transformers<5.4", "datasets<5"],  # which take huggingface-hub as litgpt does
+    "torchtune": ["torchtune==0.6.1", "torchao==0.9.0"],  # newer torchao has no torchao.dtypes.nf4tensor
+}
+TUTORIAL = """--learning_rate 4e-5 --weight_decay 0.001 --max_grad_norm 0.3 --warmup_steps 0.03
+--optim paged_adamw_32bit --lr_scheduler_type constant --train_sampling_strategy group_by_length
+--gradient_checkpointing false --save_steps 50 --logging_steps 50 --report_to tensorboard""".split()
+LORA = ["--use_peft", "--lora_r", "64", "--lora_alpha", "16", "--lora_dropout", "0.1"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=["embedded", "tiny", "llama2-7b"], default="embedded", help="embedded: the weights "
+        "of --model; else random weights (default: embedded)")  # fmt: skip
+    add("--model", type=Path, default=Path("outputs/base-model"), help="model folder, also of the tokenizer "
+        "(default: outputs/base-model)")  # fmt: skip
+    add("--data", default="data", help="folder or file of texts, or of prompts and completions (default: data)")
+    add("--rows", type=int, default=64, help="how many of its rows, the first ones (default: 64)")
+    add("--max_length", type=int, default=512, help="tokens of a row (default: 512)")
+    add("--batch_size", type=int, default=4, help="rows of a batch (default: 4)")
+    add("--rounds", type=int, default=2, help="how often each is run (default: 2)")
+    add("--device", choices=["auto", "cpu"], default="auto", help="cpu: though there is an accelerator (default: auto)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but script and tutorial: bfloat16 "
+        "is autocast, on frozen weights of bfloat16 with LoRA (default: float32)")  # fmt: skip
+    add("--full", action="store_true", help="train all parameters, with 03_train_full.py")
+    add("--recipe", type=Path, help="one more: the script with this recipe")
+    add("--peers", action="store_true", help="other projects too; each environment takes up to 6 GB in --output_dir")
+    add("--only", action="append", help="one of those above; may be repeated")
+    add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if parse_arguments().device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one accelerator
 
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available()
+SIZES = {
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
+    "llama2-7b": dict(vocab_size=32000),  # the rest is LlamaConfig's default
+}
 
 
-def bare_loop(model_name: str, rows: list[dict], recipe: dict, result) -> None:
-    """Sends real tokens per second of a loop over unpadded batches to result. rows hold input_ids and labels."""
-    torch.manual_seed(42)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32, use_safetensors=True)
-    if "lora_r" in recipe:
-        targets = recipe["lora_target_modules"]
-        config = LoraConfig(
-            r=recipe["lora_r"],
-            lora_alpha=recipe["lora_alpha"],
-            lora_dropout=recipe["lora_dropout"],
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type="CAUSAL_LM",
+def read_texts(args) -> list[str]:
+    """The first rows as texts that end with EOS, as TRL would end them."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    kind = Path(args.data).suffix[1:].replace("jsonl", "json")
+    rows = load_dataset(kind, data_files=args.data, split="train") if kind else load_dataset(args.data, split="train")
+    count = min(args.rows, len(rows)) // args.batch_size * args.batch_size
+    if not count or not {"text", "prompt"} & set(rows.column_names):
+        sys.exit(f"error: {args.data} has fewer rows than a batch, or neither text nor prompt and completion.")
+    texts = []
+    for row in rows.select(range(count)):
+        if not (text := row.get("text")):
+            turns = row["prompt"], row["completion"]
+            text = turns[0] + turns[1]
+            text = text if isinstance(text, str) else tokenizer.apply_chat_template(text, tokenize=False).strip()
+        texts.append(text.removesuffix(tokenizer.eos_token) + tokenizer.eos_token)
+    return texts
+
+
+def make_model(args, texts: list[str], folder: Path) -> Path:
+    """Folder with a model of that size with random weights, and a tokenizer of as many words."""
+    if args.size == "embedded":
+        return args.model.resolve()
+    torch.manual_seed(0)
+    sizes = SIZES[args.size]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ends = tokenizer.eos_token
+    tokenizer = tokenizer.train_new_from_iterator(texts, sizes["vocab_size"])
+    config = LlamaConfig(**sizes, eos_token_id=tokenizer.convert_tokens_to_ids(ends), bos_token_id=None)
+    with torch.device("cuda:0" if GPU else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tuple]:
+    """For each contender: the command, and whether it multiplies in bfloat16."""
+    method = "full" if args.full else "lora"
+    script = SCRIPTS / ("03_train_full.py" if args.full else "02_train_lora.py")
+    fast = folder / "fast.yaml"
+    choose = [sys.executable, SCRIPTS / "choose_fast.py", "--method", method, "--output", fast]
+    predict = [sys.executable, SCRIPTS / "00_check_gpu.py", "--model", model, "--method", method]
+    predict += [
+        "--",
+        "--config",
+        fast,
+        "--max_length",
+        args.max_length,
+        "--per_device_train_batch_size",
+        args.batch_size,
+    ]
+    subprocess.run([*map(str, choose), "--", *map(str, predict)], check=True)
+    chosen = yaml.safe_load(fast.read_text())
+    short = args.dtype == "bfloat16"
+    dtype = "bfloat16" if short and not args.full else "float32"
+    settings = {"model": str(model), "rows": str(rows), "output_dir": str(folder / "run"), "full": args.full}
+    settings |= {"max_length": args.max_length, "batch_size": args.batch_size}
+    plain = settings | {"bf16": short, "dtype": dtype, "keep_freed_memory": False}
+    like_fast = {"bf16": False, "dtype": "float32", "keep_freed_memory": False}
+    like_fast |= {name: value for name, value in chosen.items() if name in like_fast}
+    files = {"plain": plain, "fast": settings | like_fast}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+    common = ["--model_name_or_path", model, "--output_dir", folder / "run", "--max_length", args.max_length]
+    common += ["--per_device_train_batch_size", args.batch_size, "--num_train_epochs", 1]
+    ours = [script, *common, "--dataset_name", rows]
+    trl = ["trl.scripts.sft", *common, "--dataset_name", rows.parent, "--dtype", dtype, *([] if args.full else LORA)]
+    on_cpu = [] if GPU else ["--use_cpu", "true"]
+    bf16 = ["--bf16", str(short or GPU).lower(), *on_cpu]  # TRL's default is an error without an accelerator
+    snippet = [BENCH / "tutorial_snippet.py", folder / "plain.json"]
+    commands = {
+        "bare loop": ([BENCH / "bare_loop.py", folder / "plain.json"], short),
+        "bare loop, fast": ([BENCH / "bare_loop.py", folder / "fast.json"], like_fast["bf16"]),
+        "script": (ours, False),
+        "script, fast": ([*ours, "--config", fast], like_fast["bf16"]),
+        "trl sft": ([*trl, *TUTORIAL, "--bf16", str(short).lower(), *on_cpu], short),
+        "trl sft, defaults": ([*trl, "--report_to", "none", *bf16], short or GPU),
+        "tutorial": (snippet, False),
+        "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], short),
+    }
+    if args.recipe:
+        recipe = yaml.safe_load(args.recipe.read_text())
+        command = [*ours, "--config", args.recipe.resolve()]
+        commands[f"script, {args.recipe.stem}"] = (command, bool(recipe.get("bf16")))
+    if args.peers:
+        commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
+    return {name: command for name, command in commands.items() if not args.only or name in args.only}
+
+
+def make_environment(name: str, output_dir: Path) -> Path | None:
+    """The Python of an environment with a peer and, where that suits it, the torch that is here; None: it fails."""
+    folder = output_dir.resolve() / "peers" / name
+    python = folder / "bin/python"
+    if not (folder / "installed").is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "zz_base.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+        result = subprocess.run([python, "-m", "pip", "install", "-q", *PEERS[name]], capture_output=True, text=True)
+        if result.returncode:
+            print(f"skipped: {name}: {' '.join(result.stderr.split())[-300:]}")
+            return None
+        (folder / "installed").touch()
+    return python
+
+
+def measure(command: list, python: Path, folder: Path) -> dict | None:
+    """What timed.py wrote; None: the command failed."""
+    out = folder / "out.json"
+    out.unlink(missing_ok=True)
+    command = [str(part) for part in (python, BENCH / "timed.py", out, *command)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    if result.returncode == 0:
+        return json.loads(out.read_text())
+    print(f"failed: {' '.join(command)}\n{result.stderr[-2000:]}", file=sys.stderr)
+    return None
+
+
+def measure_matmul(dtype: torch.dtype) -> float:
+    """The most floating-point operations in a second that a product of two square matrices reaches."""
+    device, size = ("cuda:0", 8192) if GPU else ("cpu", 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(30):
+        begin = time.perf_counter()
+        a @ b
+        if GPU:
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def count_flops(model: Path, lengths: list[int], full: bool) -> float:
+    """Floating-point operations of forward and backward over rows of these lengths; see the docstring of this file."""
+    config = AutoConfig.from_pretrained(model)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    key = hidden * config.num_key_value_heads // config.num_attention_heads
+    layer = 2 * hidden * hidden + 2 * hidden * key + 3 * hidden * config.intermediate_size
+    base = layers * layer + hidden * config.vocab_size
+    adapter = 0 if full else layers * 64 * (hidden + hidden + hidden + key)  # on q_proj and v_proj
+    attention = sum(2 * layers * hidden * length * length for length in lengths)  # 4 L^2 of which half is masked
+    return sum(lengths) * (4 * (base + adapter) + 2 * (base if full else adapter)) + 3 * attention
+
+
+def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> list[dict]:
+    """Medians over the runs of each contender."""
+    table = []
+    for name, each in runs.items():
+        steps = sorted(seconds for run in each for seconds in run["step_seconds"])
+        seconds = statistics.median(sum(run["step_seconds"]) for run in each)
+        peak = peaks["bfloat16" if commands[name][1] else "float32"]
+        low, middle, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.5, 0.9))
+        table.append(
+            {
+                "what": name,
+                "tokens_per_second": sum(lengths) / seconds,
+                "samples_per_second": len(lengths) / seconds,
+                "step_seconds": {"10%": low, "median": middle, "90%": high},
+                "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
+                "mfu": flops / seconds / peak,
+                "mean_loss": statistics.mean(each[-1]["losses"]),
+                "first_step_at": statistics.median(run["first_step_at"] for run in each),
+                "runs": len(each),
+            }
         )
-        model = get_peft_model(model, config)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=recipe["learning_rate"], fused=True)
-    size = 4
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-    tokens, start = 0, time.perf_counter()
-    for batch in batches:
-        ids, labels = (torch.tensor([t for row in batch for t in row[key]]) for key in ("input_ids", "labels"))
-        length = len(ids) // size
-        ids, labels = (values[: size * length].view(size, length).to(device) for values in (ids, labels))
-        model(input_ids=ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, recipe["max_grad_norm"])
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens += size * length
-    result.put(tokens / (time.perf_counter() - start))
+    return table
 
 
-def tokenized_rows(model_name: str, file: Path) -> list[dict]:
-    """The rows of prompt and completion as input_ids and labels, the prompt's labels -100."""
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "prompt" not in row:
-            sys.exit(f"error: {file} has no rows of prompt and completion. Type: make bench with the embedded data set")
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
-        rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
-    return rows
+def write_table(table: list[dict]) -> str:
+    columns = ("what", "real tokens/s", "of the bare loop", "samples/s", "step, s: median (10 to 90 %)")
+    columns += ("peak memory, GiB", "MFU", "mean loss", "first step after, s")
+    bare = next((row["tokens_per_second"] for row in table if row["what"] == "bare loop"), None)
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for row in table:
+        step = row["step_seconds"]
+        cells = (
+            row["what"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second'] / bare:.2f}" if bare else "",
+        )
+        cells += (f"{row['samples_per_second']:.2f}", f"{step['median']:.2f} ({step['10%']:.2f} to {step['90%']:.2f})")
+        cells += (f"{row['peak_memory_bytes'] / 2**30:.2f}", f"{row['mfu']:.2f}", f"{row['mean_loss']:.4f}")
+        cells += (f"{row['first_step_at']:.1f}",)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def script_run(script: str, model_name: str, data: Path, recipe: Path) -> dict:
-    """The run.json of one epoch of a training script."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "scripts" / script, "--config", recipe, "--num_train_epochs", "1"]
-        command += ["--model_name_or_path", model_name, "--dataset_name", data, "--output_dir", folder]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
-        return json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
+def draw(table: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(table)), layout="constrained")
+    rows = table[::-1]
+    colors = ["tab:red" if row["what"].startswith("script") else "tab:gray" for row in rows]
+    bars = axes.barh([row["what"] for row in rows], [row["tokens_per_second"] for row in rows], color=colors)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set_xlabel("real tokens per second")
+    figure.savefig(file, dpi=120)
+
+
+def describe(args, lengths: list[int], peaks: dict) -> dict:
+    device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "device": device if GPU else f"{device}, {torch.backends.cpu.get_cpu_capability()}",
+        "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
+        "packages": {name: version(name) for name in PACKAGES},
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "rows": len(lengths),
+        "real_tokens": sum(lengths),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/base-model", help="model folder (default: outputs/base-model)")
-    parser.add_argument("--data", type=Path, default=Path("outputs/dataset"), help="data set folder")
-    parser.add_argument("--recipe", type=Path, help="recipe of both (default: the embedded one)")
-    parser.add_argument("--full", action="store_true", help="train all parameters, with 03_train_full.py")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each is run (default: 2)")
-    args = parser.parse_args()
-
-    args.recipe = args.recipe or ROOT / f"env/recipes/embedded{'-full' if args.full else ''}.yaml"
-    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    lora = set() if args.full else {"lora_target_modules", "lora_r", "lora_alpha", "lora_dropout"}
-    if lacking := {"learning_rate", "max_grad_norm", *lora} - set(recipe):
-        sys.exit(f"error: {args.recipe} does not set {', '.join(sorted(lacking))}. Give a recipe that does.")
-    if recipe.get("load_in_4bit"):
-        sys.exit(
-            f"error: {args.recipe} is for 4-bit weights, which the bare loop does not have. Type: make bench RECIPE="
-        )
-    rows = tokenized_rows(args.model, args.data / "train.jsonl")
-    if args.full:
-        recipe.pop("lora_r", None)
-    context = multiprocessing.get_context("spawn")
-    bare, script = [], []
-    for number in range(1, args.rounds + 1):
-        result = context.SimpleQueue()
-        process = context.Process(target=bare_loop, args=(args.model, rows, recipe, result))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit("error: the bare loop failed, for the reason above.")
-        bare.append(result.get())
-        run = script_run("03_train_full.py" if args.full else "02_train_lora.py", args.model, args.data, args.recipe)
-        script.append(run["metrics"]["tokens_per_second"])
-        print(f"round {number}: bare loop {bare[-1]:.1f}, script {script[-1]:.1f} tokens/s", flush=True)
-    ratio = statistics.median(script) / statistics.median(bare)
-    print(f"script / bare loop: {ratio:.3f} (medians; {run['accelerator']}; torch {run['packages']['torch']})")
+    args = parse_arguments()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if not (args.model / "config.json").is_file():
+        sys.exit(f"error: no model in {args.model}. Type: make bench, or give a folder: --model FOLDER")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows").mkdir()
+        texts = read_texts(args)
+        rows = folder / "rows/train.jsonl"
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        model = make_model(args, texts, folder / "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        lengths = [len(tokenizer(text).input_ids[: args.max_length]) for text in texts]
+        commands = list_commands(args, model, rows, folder)
+        if not commands:
+            sys.exit(f"error: there is no contender {args.only}. See --help.")
+        pythons = {
+            what: make_environment(what, args.output_dir) if what in PEERS else sys.executable for what in commands
+        }
+        runs = {what: [] for what in commands}
+        for number in range(args.rounds):
+            for what, (command, _) in commands.items():
+                if pythons[what] and (run := measure(command, pythons[what], folder)):
+                    runs[what].append(run)
+                    speed = sum(lengths) / sum(run["step_seconds"])
+                    print(f"round {number + 1}: {what} {speed:.1f} tokens/s", flush=True)
+                else:
+                    pythons[what] = None  # not again
+        flops = count_flops(model, lengths, args.full)
+        peaks = {"float32": measure_matmul(torch.float32), "bfloat16": measure_matmul(torch.bfloat16)}
+        table = summarize({what: each for what, each in runs.items() if each}, commands, lengths, flops, peaks)
+        machine = describe(args, lengths, peaks)
+    head = f"{machine['rows']} rows, {machine['real_tokens']} real tokens, batches of {args.batch_size}, "
+    head += ", ".join(f"{dtype} matmul {peak:.3f} TFLOP/s" for dtype, peak in machine["matmul_tflops"].items())
+    head += f", {machine['device']}"
+    text = f"{head}, torch {version('torch')}, {machine['date'][:10]}\n\n{write_table(table)}"
+    (args.output_dir / "speed.md").write_text(text)
+    (args.output_dir / "speed.json").write_text(json.dumps({"machine": machine, "table": table, "runs": runs}) + "\n")
+    draw(table, args.output_dir / "speed.png")
+    print(text)
+    if not any(runs.values()) or not all(each for what, each in runs.items() if what not in PEERS):
+        sys.exit("error: what is named above failed.")
 
 
 if __name__ == "__main__":

@@ -87,12 +87,12 @@ def test_every_parameter_gets_a_gradient_and_moves(tiny_model, question_rows, tm
 def test_a_reload_in_a_new_process_gives_the_same_logits(tiny_model, question_rows, tmp_path, monkeypatch):
     module, trainers = load("03_train_full.py"), []
 
-    class Trainer(module.ResumableTrainer):
+    class Trainer(module.PlainLossTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    monkeypatch.setattr(module, "ResumableTrainer", Trainer)
+    monkeypatch.setattr(module, "PlainLossTrainer", Trainer)
     monkeypatch.chdir(tmp_path)
     command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "full"]
     monkeypatch.setattr("sys.argv", ["03_train_full.py", *command, *FAST, "--max_steps", "3"])

@@ -162,10 +162,8 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     assert result.returncode == 1 and not (tmp_path / "memory.json").exists()
     cause, mend = result.stderr.splitlines()
     assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
-    assert mend.startswith(
-        "    type: add the option --per_device_train_batch_size 2   (all the same: FORCE=1 with Make"
-    )
-    advice = ["--per_device_train_batch_size", "2"]
+    assert mend.startswith("    type: add the option --gradient_checkpointing true   (all the same: FORCE=1 with Make")
+    advice = ["--gradient_checkpointing", "true"]
     assert run("00_check_gpu.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
     result = run("00_check_gpu.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
     assert result.returncode == 0 and "error: lora needs" in result.stderr

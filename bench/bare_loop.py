@@ -1,0 +1,47 @@
+"""Train in a bare PyTorch loop over unpadded batches: what is practical on this machine.
+
+    python timed.py OUT.json bare_loop.py SETTINGS.json
+
+The same model, LoRA layers or none, number of rows and real tokens in a batch as the others, but each batch is cut from
+the running tokens of its rows, sorted by length, so that nothing is padded; nothing is done but forward, backward,
+clipping and a fused AdamW step. Precision and memory are those of the settings bf16, dtype and keep_freed_memory.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+settings = json.loads(Path(sys.argv[1]).read_text())
+if settings["keep_freed_memory"]:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-4, 0)
+    mallopt(-1, -1)
+size = settings["batch_size"]
+torch.manual_seed(42)
+tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+rows = [json.loads(line)["text"] for line in Path(settings["rows"]).read_text().splitlines()]
+rows = sorted((tokenizer(row).input_ids[: settings["max_length"]] for row in rows), key=len)
+batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+
+model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=settings["dtype"])
+if not settings["full"]:
+    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM"))
+device = "cuda:0" if torch.cuda.is_available() else "cpu"
+model = model.to(device).train()
+trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = torch.optim.AdamW(trainable, lr=4e-5, weight_decay=0.001, fused=True)
+for batch in batches:
+    ids = torch.tensor([token for row in batch for token in row])
+    length = len(ids) // size
+    ids = ids[: size * length].view(size, length).to(device)
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=settings["bf16"]):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable, 0.3)
+    optimizer.step()
+    optimizer.zero_grad()

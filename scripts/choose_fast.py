@@ -1,0 +1,111 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0"]
+# ///
+"""Write a recipe with the settings that train fastest on this machine and learn the same, each with its reason.
+
+    python choose_fast.py --method lora --config RECIPE.yaml --output fast.yaml [-- COMMAND ...]
+
+Reads   RECIPE.yaml, whose other settings stay as they are; none: the tutorial's.
+Writes  fast.yaml, for --config of 02_train_lora.py (lora) or 03_train_full.py (full).
+
+COMMAND, as the prediction of 00_check_gpu.py for that file, is run then. Where it fails, settings that take less memory
+are written and it is run again, as long as there are any. What each setting gains: docs/performance.md.
+"""
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: sys.exit(f"error: {message}. See --help.")
+    parser.add_argument("--method", choices=["lora", "full"], required=True, help="what is trained")
+    parser.add_argument("--config", type=Path, help="recipe whose other settings stay")
+    parser.add_argument("--output", type=Path, required=True, help="file of the recipe, YAML")
+    parser.add_argument("command", nargs="*", help="after --: run then; where it fails, less memory is taken")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    read_options()  # before the import that takes a second: for --help, and for what is wrong in the options
+
+import torch
+
+# Added one after another where the memory does not suffice.
+LESS_MEMORY = (
+    {"keep_freed_memory": (False, "the memory does not suffice for keeping what is freed")},
+    {"token_metrics": (True, "the loss in chunks, without the whole of the logits: the memory does not suffice")},
+    {"gradient_checkpointing": (True, "activations are computed twice: the memory does not suffice to keep them")},
+)
+
+
+def has_bf16() -> bool:
+    """Whether the hardware computes in bfloat16 itself: where it is emulated, float32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
+
+
+def choose(method: str) -> dict[str, tuple]:
+    """Settings of this machine: name, value and reason."""
+    gpu = torch.cuda.is_available()
+    chosen = {"optim": ("adamw_torch_fused", "the same step as the paged one, in one kernel")}
+    if has_bf16():
+        chosen["bf16"] = (True, "matrices are multiplied in bfloat16, which the hardware has")
+        if method == "lora":
+            chosen["dtype"] = ("bfloat16", "of the frozen weights; the adapter is trained in float32")
+        if not gpu:
+            chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
+    if not gpu and platform.libc_ver()[0] == "glibc":
+        chosen["keep_freed_memory"] = (True, "the system clears all memory that it hands out again")
+    if gpu and find_spec("flash_attn"):
+        chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
+        chosen["padding_free"] = (True, "it takes the rows of a batch one after another, without padding")
+    if gpu and find_spec("liger_kernel") and find_spec("triton"):
+        chosen["use_liger_kernel"] = (True, "norms, MLP and loss in kernels of their own: Liger is installed")
+    return chosen
+
+
+def write_recipe(file: Path, base: str, chosen: dict[str, tuple]) -> None:
+    """Writes the lines of base, but for those of the settings that are chosen, and then these."""
+    lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({'|'.join(chosen)})[ \t]*:.*\n?", "", base).splitlines()]
+    lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
+    lines += [f"{name}: {str(value).lower()}  # {reason}" for name, (value, reason) in chosen.items()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    args = read_options()
+    try:
+        base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
+    chosen = choose(args.method)
+    for less in ({}, *LESS_MEMORY):
+        if "keep_freed_memory" in less and "keep_freed_memory" not in chosen:
+            continue
+        chosen |= less
+        write_recipe(args.output, base, chosen)
+        print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)
+        if not args.command or (status := subprocess.run(args.command).returncode) == 0:
+            return
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error}. Mend that, and type the same command again.")
