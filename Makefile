@@ -121,7 +121,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test test-faults bench lint lock docker-run clean distclean FORCE
+	evaluate verify verify-tutorial push test test-faults bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
 # One accelerator, one step at a time, also under make -j.
 .NOTPARALLEL:
 
@@ -205,6 +205,12 @@ test-faults: $(VENV)/tested ## kill, fill the disk, damage files, and see that n
 
 bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with what else could be run, of train-full with FROM=full
 	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset --output_dir $(OUT)/bench $(if $(filter full,$(FROM)),--full) $(ARGS)
+
+bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generation, merge and conversion
+	$(PY) bench/step_speed.py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
+
+bench-growth: $(call result,base-model) | $(ready) ## measure how time and memory grow with rows and length
+	$(PY) bench/growth.py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
 
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -4,10 +4,9 @@
 
 The same model, LoRA layers or none, number of rows and real tokens in a batch as the others, but each batch is cut from
 the running tokens of its rows, sorted by length, so that nothing is padded; nothing is done but forward, backward,
-clipping and a fused AdamW step. Precision and memory are those of the settings bf16, dtype and keep_freed_memory.
+clipping and a fused AdamW step. Precision: the settings bf16 and dtype.
 """
 
-import ctypes
 import json
 import sys
 from pathlib import Path
@@ -17,10 +16,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 settings = json.loads(Path(sys.argv[1]).read_text())
-if settings["keep_freed_memory"]:
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(-4, 0)
-    mallopt(-1, -1)
 size = settings["batch_size"]
 torch.manual_seed(42)
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])

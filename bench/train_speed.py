@@ -7,10 +7,10 @@
 All train the tutorial's LoRA adapter (r=64, alpha 16, dropout 0.1), or all parameters with --full, for one epoch:
 
 bare loop           a PyTorch loop over unpadded batches, fused AdamW (bare_loop.py): the practical limit
-bare loop, fast     the same with the precision and the memory settings of the recipe fast
+bare loop, fast     the same with the precision of the recipe fast
 script              02_train_lora.py or 03_train_full.py as they are: the tutorial's values
 script, fast        the same with the recipe fast of this machine
-script, RECIPE      the same with --recipe, where it is given
+fast, VARIANT       with --variants: the recipe fast with one setting changed, for what each of them gains
 trl sft             TRL's command line with the tutorial's values
 trl sft, defaults   the same with TRL's own values
 tutorial            the tutorial's snippets (tutorial_snippet.py)
@@ -51,6 +51,17 @@ PEERS = {
 TUTORIAL = """--learning_rate 4e-5 --weight_decay 0.001 --max_grad_norm 0.3 --warmup_steps 0.03
 --optim paged_adamw_32bit --lr_scheduler_type constant --train_sampling_strategy group_by_length
 --gradient_checkpointing false --save_steps 50 --logging_steps 50 --report_to tensorboard""".split()
+VARIANTS = {
+    "float32": "--bf16 false --dtype float32",
+    "paged_adamw_32bit": "--optim paged_adamw_32bit",
+    "token_metrics": "--token_metrics true",
+    "random order": "--train_sampling_strategy random",
+    "padding_free": "--padding_free true",
+    "packing": "--packing true",
+    "eager attention": "--attn_implementation eager",
+    "gradient_checkpointing": "--gradient_checkpointing true",
+    "torch.compile": "--torch_compile true",
+}
 LORA = ["--use_peft", "--lora_r", "64", "--lora_alpha", "16", "--lora_dropout", "0.1"]
 
 
@@ -70,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but script and tutorial: bfloat16 "
         "is autocast, on frozen weights of bfloat16 with LoRA (default: float32)")  # fmt: skip
     add("--full", action="store_true", help="train all parameters, with 03_train_full.py")
-    add("--recipe", type=Path, help="one more: the script with this recipe")
+    add("--variants", action="store_true", help="the recipe fast with one setting changed, too")
     add("--peers", action="store_true", help="other projects too; each environment takes up to 6 GB in --output_dir")
     add("--only", action="append", help="one of those above; may be repeated")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
@@ -150,9 +161,10 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     short = args.dtype == "bfloat16"
     dtype = "bfloat16" if short and not args.full else "float32"
     settings = {"model": str(model), "rows": str(rows), "output_dir": str(folder / "run"), "full": args.full}
+    settings |= {"gpu": GPU, "eos_token": AutoTokenizer.from_pretrained(model).eos_token}
     settings |= {"max_length": args.max_length, "batch_size": args.batch_size}
-    plain = settings | {"bf16": short, "dtype": dtype, "keep_freed_memory": False}
-    like_fast = {"bf16": False, "dtype": "float32", "keep_freed_memory": False}
+    plain = settings | {"bf16": short, "dtype": dtype}
+    like_fast = {"bf16": False, "dtype": "float32"}
     like_fast |= {name: value for name, value in chosen.items() if name in like_fast}
     files = {"plain": plain, "fast": settings | like_fast}
     for name, content in files.items():
@@ -175,11 +187,14 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "tutorial": (snippet, False),
         "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], short),
     }
-    if args.recipe:
-        recipe = yaml.safe_load(args.recipe.read_text())
-        command = [*ours, "--config", args.recipe.resolve()]
-        commands[f"script, {args.recipe.stem}"] = (command, bool(recipe.get("bf16")))
+    if args.variants:
+        short = like_fast["bf16"]
+        commands |= {
+            f"fast, {name}": ([*ours, "--config", fast, *options.split()], short and name != "float32")
+            for name, options in VARIANTS.items()
+        }
     if args.peers:
+        short = args.dtype == "bfloat16"
         commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
     return {name: command for name, command in commands.items() if not args.only or name in args.only}
 
@@ -298,9 +313,11 @@ def draw(table: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def describe(args, lengths: list[int], peaks: dict) -> dict:
+def report(args, runs: dict, commands: dict, lengths: list[int], flops: float) -> None:
+    peaks = {"float32": measure_matmul(torch.float32), "bfloat16": measure_matmul(torch.bfloat16)}
+    table = summarize(runs, commands, lengths, flops, peaks)
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    return {
+    machine = {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "device": device if GPU else f"{device}, {torch.backends.cpu.get_cpu_capability()}",
         "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
@@ -309,6 +326,13 @@ def describe(args, lengths: list[int], peaks: dict) -> dict:
         "rows": len(lengths),
         "real_tokens": sum(lengths),
     }
+    text = f"{len(lengths)} rows, {sum(lengths)} real tokens, batches of {args.batch_size}, {machine['device']}, "
+    text += ", ".join(f"{dtype} matmul {peak / 1e12:.3f} TFLOP/s" for dtype, peak in peaks.items())
+    text += f", torch {version('torch')}, {machine['date'][:10]}\n\n{write_table(table)}"
+    (args.output_dir / "speed.md").write_text(text)
+    (args.output_dir / "speed.json").write_text(json.dumps({"machine": machine, "table": table, "runs": runs}) + "\n")
+    draw(table, args.output_dir / "speed.png")
+    print(text, flush=True)
 
 
 def main() -> None:
@@ -332,6 +356,7 @@ def main() -> None:
             what: make_environment(what, args.output_dir) if what in PEERS else sys.executable for what in commands
         }
         runs = {what: [] for what in commands}
+        flops = count_flops(model, lengths, args.full)
         for number in range(args.rounds):
             for what, (command, _) in commands.items():
                 if pythons[what] and (run := measure(command, pythons[what], folder)):
@@ -340,18 +365,7 @@ def main() -> None:
                     print(f"round {number + 1}: {what} {speed:.1f} tokens/s", flush=True)
                 else:
                     pythons[what] = None  # not again
-        flops = count_flops(model, lengths, args.full)
-        peaks = {"float32": measure_matmul(torch.float32), "bfloat16": measure_matmul(torch.bfloat16)}
-        table = summarize({what: each for what, each in runs.items() if each}, commands, lengths, flops, peaks)
-        machine = describe(args, lengths, peaks)
-    head = f"{machine['rows']} rows, {machine['real_tokens']} real tokens, batches of {args.batch_size}, "
-    head += ", ".join(f"{dtype} matmul {peak:.3f} TFLOP/s" for dtype, peak in machine["matmul_tflops"].items())
-    head += f", {machine['device']}"
-    text = f"{head}, torch {version('torch')}, {machine['date'][:10]}\n\n{write_table(table)}"
-    (args.output_dir / "speed.md").write_text(text)
-    (args.output_dir / "speed.json").write_text(json.dumps({"machine": machine, "table": table, "runs": runs}) + "\n")
-    draw(table, args.output_dir / "speed.png")
-    print(text)
+            report(args, {what: each for what, each in runs.items() if each}, commands, lengths, flops)
     if not any(runs.values()) or not all(each for what, each in runs.items() if what not in PEERS):
         sys.exit("error: what is named above failed.")
 

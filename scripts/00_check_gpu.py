@@ -57,7 +57,7 @@ FREE_DISK = 10e9  # bytes: the environment, the embedded model and what the step
 # What decides about memory among the options of a training, with the tutorial's values.
 SETTINGS = {
     "dtype": "float32", "bf16": False, "load_in_4bit": False, "load_in_8bit": False, "use_bnb_nested_quant": False,
-    "token_metrics": False, "keep_freed_memory": False,
+    "token_metrics": False,
     "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
     "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
 }  # fmt: skip

@@ -29,7 +29,6 @@ Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --conf
 """
 
 import argparse
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -93,7 +92,7 @@ POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 # Arguments that may change between the parts of a run, and what each checkpoint of it has.
 NOT_THE_RUN = {"model_name_or_path", "model_revision", "dataset_name", "output_dir", "memory_prediction", "restart"}
 NOT_THE_RUN |= {"save_steps", "save_total_limit", "max_shard_size", "per_device_eval_batch_size", "dataset_num_proc"}
-NOT_THE_RUN |= {"keep_freed_memory", "run_name", "report_to", "disable_tqdm", "hub_token"}
+NOT_THE_RUN |= {"run_name", "report_to", "disable_tqdm", "hub_token"}
 REFUSED = {
     "resume_from_checkpoint": "an interrupted run goes on by itself, in its --output_dir",
     "save_only_model": "nothing could go on from such a checkpoint. To save room: --save_strategy no",
@@ -124,13 +123,6 @@ class ScriptArguments:
         metadata={
             "help": "Log entropy and token accuracy too: TRL then computes the loss in chunks, the same value, which "
             "saves memory where the vocabulary is large, and takes up to a third more time with a small model."
-        },
-    )
-    keep_freed_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "On the CPU, with glibc: freed memory is kept for the next step, instead of returned to the system "
-            "and cleared by it anew. Faster, and takes up to a third more memory."
         },
     )
 
@@ -648,13 +640,6 @@ class PlainLossTrainer(ResumableTrainer):
     compute_loss = Trainer.compute_loss
 
 
-def keep_freed_memory() -> None:
-    """glibc's malloc takes all from its heap, and never trims that: mallopt(M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if not (mallopt and mallopt(-4, 0) and mallopt(-1, -1)):
-        fail("--keep_freed_memory needs glibc, of Linux. Leave it out.")
-
-
 def limit_memory() -> None:
     """On the CPU: what takes more memory than is free fails, and is explained, before the system kills the process."""
     free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
@@ -751,8 +736,6 @@ def main() -> None:
             fail(f"no memory prediction at {report!r}. Leave the option out, or make one: 00_check_gpu.py --help")
         prediction = read_json(Path(report))
         predicted = prediction["predictions"]  # none: an unknown architecture
-    if script_args.keep_freed_memory:
-        keep_freed_memory()
     held = lock(output_dir)  # noqa: F841  until the end of main
 
     # Data, tokenizer, base model

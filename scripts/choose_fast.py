@@ -14,7 +14,6 @@ are written and it is run again, as long as there are any. What each setting gai
 """
 
 import argparse
-import platform
 import re
 import subprocess
 import sys
@@ -41,7 +40,6 @@ import torch
 
 # Added one after another where the memory does not suffice.
 LESS_MEMORY = (
-    {"keep_freed_memory": (False, "the memory does not suffice for keeping what is freed")},
     {"token_metrics": (True, "the loss in chunks, without the whole of the logits: the memory does not suffice")},
     {"gradient_checkpointing": (True, "activations are computed twice: the memory does not suffice to keep them")},
 )
@@ -65,8 +63,6 @@ def choose(method: str) -> dict[str, tuple]:
             chosen["dtype"] = ("bfloat16", "of the frozen weights; the adapter is trained in float32")
         if not gpu:
             chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
-    if not gpu and platform.libc_ver()[0] == "glibc":
-        chosen["keep_freed_memory"] = (True, "the system clears all memory that it hands out again")
     if gpu and find_spec("flash_attn"):
         chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
         chosen["padding_free"] = (True, "it takes the rows of a batch one after another, without padding")
@@ -92,8 +88,6 @@ def main() -> None:
         sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
     chosen = choose(args.method)
     for less in ({}, *LESS_MEMORY):
-        if "keep_freed_memory" in less and "keep_freed_memory" not in chosen:
-            continue
         chosen |= less
         write_recipe(args.output, base, chosen)
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)

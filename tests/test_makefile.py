@@ -496,3 +496,25 @@ def test_the_bitsandbytes_build_gets_its_settings_from_everywhere(project):
     (project.folder / ".env").write_text('BNB_ROCM_ARCH="gfx90a;gfx942"\nJOBS=3\n')
     result = project.make("bitsandbytes", "COMPUTE_BACKEND=hip", "PYTHON=python3", JOBS="4", FORCE="1")
     assert result.stdout == ".venv/bin/python,hip,gfx90a;gfx942,,4,1\n", result.stderr
+
+
+def test_the_recipe_fast_is_chosen_for_the_machine_before_a_training(project):
+    project.make("train-lora", "RECIPE=fast")
+    by_step = {Path(command.split()[0]).stem: command for command in project.commands()}
+    chosen = "outputs/check/fast-lora.yaml"
+    choose = f"scripts/choose_fast.py --method lora --config env/recipes/embedded.yaml --output {chosen} -- "
+    assert by_step["choose_fast"].startswith(choose) and by_step["choose_fast"].endswith(f" -- --config {chosen}")
+    assert f" --config {chosen} " in by_step["02_train_lora"]
+    assert " --config env/recipes/embedded.yaml " in by_step["audit_tokens"]
+    project.make("train-lora", "RECIPE=fast")
+    assert project.steps() == []
+    project.make("train-full", "RECIPE=fast")
+    assert any("--method full --config env/recipes/embedded-full.yaml" in command for command in project.commands())
+    assert " --config outputs/check/fast-full.yaml " in next(line for line in project.commands() if "03_train" in line)
+    project.make("train-lora")
+    assert "02_train_lora" in project.steps()
+    model = project.folder / "model"
+    model.mkdir()
+    project.make("train-lora", "RECIPE=fast", f"BASE_MODEL={model}")
+    choose = next(command for command in project.commands() if "choose_fast" in command)
+    assert choose.startswith(f"scripts/choose_fast.py --method lora --output {chosen} -- ")

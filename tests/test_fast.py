@@ -1,0 +1,184 @@
+"""The recipe fast: what is chosen where, that it learns the same, and that packed rows do not see each other."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, load, run, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+script = load("choose_fast.py")
+# Exit status 0 where a recipe has a setting that is true.
+SPARING = "import sys, yaml\nsys.exit(not yaml.safe_load(open(sys.argv[1])).get(sys.argv[2]))"
+
+
+def machine(monkeypatch, gpu: bool, bf16: bool, packages: tuple = ()) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    monkeypatch.setattr(script, "find_spec", lambda name: name in packages or None)
+
+
+def chosen(method: str) -> dict:
+    return {name: value for name, (value, reason) in script.choose(method).items() if reason}
+
+
+def test_what_is_chosen_on_which_machine(monkeypatch):
+    fused = {"optim": "adamw_torch_fused"}
+    machine(monkeypatch, gpu=False, bf16=False)
+    assert chosen("lora") == chosen("full") == fused
+    machine(monkeypatch, gpu=False, bf16=True)
+    on_cpu = fused | {"bf16": True, "use_cpu": True}
+    assert chosen("lora") == on_cpu | {"dtype": "bfloat16"}
+    assert chosen("full") == on_cpu  # the weights that are trained stay float32
+    machine(monkeypatch, gpu=True, bf16=True)
+    assert chosen("lora") == fused | {"bf16": True, "dtype": "bfloat16"}
+    machine(monkeypatch, gpu=True, bf16=True, packages=("flash_attn", "liger_kernel", "triton"))
+    flash = {"attn_implementation": "flash_attention_2", "padding_free": True, "use_liger_kernel": True}
+    assert chosen("full") == fused | {"bf16": True} | flash
+    machine(monkeypatch, gpu=True, bf16=False, packages=("liger_kernel",))
+    assert chosen("lora") == fused
+
+
+def test_the_other_settings_of_the_recipe_stay(tmp_path):
+    for recipe, method in (("embedded.yaml", "lora"), ("embedded-full.yaml", "full")):
+        base = ROOT / "env/recipes" / recipe
+        result = run("choose_fast.py", "--method", method, "--config", base, "--output", "out/fast.yaml", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        written = yaml.safe_load((tmp_path / "out/fast.yaml").read_text())
+        expected = {name: value for name, (value, _) in script.choose(method).items()}
+        assert written == yaml.safe_load(base.read_text()) | expected
+        assert all(f"{name} {value}" in result.stdout for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("fits_with", "settings"),
+    [
+        ("token_metrics", {"token_metrics": True, "gradient_checkpointing": None}),
+        ("gradient_checkpointing", {"token_metrics": True, "gradient_checkpointing": True}),
+    ],
+)
+def test_less_memory_is_taken_where_the_command_fails(fits_with, settings, tmp_path):
+    command = [sys.executable, "-c", SPARING, "fast.yaml", fits_with]
+    result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
+    assert result.returncode == 0
+    written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
+    assert {name: written.get(name) for name in settings} == settings
+    assert written["optim"] == "adamw_torch_fused"
+
+
+def test_where_nothing_fits_the_status_of_the_command_is_passed_on(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit(5)"]
+    result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
+    assert result.returncode == 5
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    result = run("choose_fast.py", "--method", "lora", "--config", "no.yaml", "--output", "f.yaml", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("error: cannot read no.yaml: ")
+    assert not (tmp_path / "f.yaml").exists()
+
+
+@pytest.mark.parametrize(("trainer", "method"), [("02_train_lora.py", "lora"), ("03_train_full.py", "full")])
+def test_fast_learns_the_same(trainer, method, tiny_model, question_rows, tmp_path):
+    assert run("choose_fast.py", "--method", method, "--output", "fast.yaml", cwd=tmp_path).returncode == 0
+    common = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--dataset_test_split", "validation"]
+    common += ["--learning_rate", "0.003", "--num_train_epochs", "2", "--save_strategy", "no"]
+    losses = {}
+    for name, options in (("plain", ["--optim", "adamw_torch_fused"]), ("fast", ["--config", "fast.yaml"])):
+        result = run(trainer, *common, *options, "--output_dir", name, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        losses[name] = record["metrics"]["eval_loss"]
+        if name == "fast":
+            written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
+            assert written.items() <= record["arguments"].items()
+    # So small a model feels the rounding; a real one stays within 1 % (docs/performance.md).
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=0.05) and losses["fast"] < 2.5
+
+
+def packed_batch(tiny_model, question_rows, tmp_path, monkeypatch) -> dict:
+    """The first batch of 02_train_lora.py --packing true."""
+    module, batches = load("02_train_lora.py"), []
+
+    class Trainer(module.PlainLossTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            batches.append({key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()})
+            return super().compute_loss(model, inputs, **kwargs)
+
+    monkeypatch.setattr(module, "PlainLossTrainer", Trainer)
+    monkeypatch.chdir(tmp_path)
+    command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "packed"]
+    command += ["--packing", "true", "--max_length", "64", "--max_steps", "1", "--per_device_train_batch_size", "2"]
+    monkeypatch.setattr("sys.argv", ["02_train_lora.py", *command])
+    module.main()
+    return batches[0]
+
+
+def loss_and_gradients(model, inputs: dict, labels: torch.Tensor) -> tuple[torch.Tensor, list, list]:
+    """Logits [1, L, V], and the gradients of the sum of the loss over the labels [1, L]."""
+    logits = model(**inputs, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    return logits.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def largest_difference(gradients: list, others: list) -> float:
+    """Of two lists of tensors, as a share of the largest value in each of the second."""
+    return max(
+        ((one - other).abs().max() / other.abs().max()).item() for one, other in zip(gradients, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_give_the_logits_and_gradients_of_the_rows_alone(
+    attention, tiny_model, question_rows, tmp_path, monkeypatch
+):
+    batch = packed_batch(tiny_model, question_rows, tmp_path, monkeypatch)
+    ids, labels, positions = (batch[key] for key in ("input_ids", "labels", "position_ids"))
+    starts = (positions[0] == 0).nonzero().flatten().tolist()
+    assert ids.shape[0] == 1 and len(starts) >= 4 and "attention_mask" not in batch
+    assert (labels[0, starts] == -100).all()  # no row is continued by the next one
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention, dtype="float32").eval()
+    names = {"labels", "num_items_in_batch"}
+    packed = {key: value for key, value in batch.items() if key not in names}
+    logits, gradients = loss_and_gradients(model, packed, labels)
+
+    alone, sums = [], [torch.zeros_like(gradient) for gradient in gradients]
+    for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+        part, found = loss_and_gradients(model, {"input_ids": ids[:, start:end]}, labels[:, start:end])
+        alone.append(part)
+        sums = [total + gradient for total, gradient in zip(sums, found, strict=True)]
+    assert torch.allclose(logits, torch.cat(alone, dim=1), atol=1e-5)
+    assert largest_difference(gradients, sums) < 1e-4
+
+    # Without the positions that begin anew each row sees those before it, and the same comparison fails.
+    broken = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+    logits, gradients = loss_and_gradients(model, broken, labels)
+    assert not torch.allclose(logits, torch.cat(alone, dim=1), atol=1e-3)
+    assert largest_difference(gradients, sums) > 1e-2
+
+
+def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
+    texts = ["what color is a" + " b" * number for number in range(30, 42)]
+    write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    names = ["bare loop", "script, fast", "trl sft"]
+    command = ["--model", tiny_model, "--data", "rows.jsonl", "--rows", "12", "--max_length", "40", "--rounds", "1"]
+    command += ["--output_dir", "bench", *(part for name in names for part in ("--only", name))]
+    result = run(ROOT / "bench/train_speed.py", *command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "bench/speed.json").read_text())
+    table = {row["what"]: row for row in report["table"]}
+    assert list(table) == names and (tmp_path / "bench/speed.png").is_file()
+    tokens = report["machine"]["real_tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert tokens == sum(min(len(tokenizer(text).input_ids) + 1, 40) for text in texts)  # with EOS, without padding
+    for name, row in table.items():
+        (once,) = report["runs"][name]
+        assert len(once["step_seconds"]) == len(once["losses"]) == 3
+        assert row["tokens_per_second"] == pytest.approx(tokens / sum(once["step_seconds"]))
+        assert 0 < row["mfu"] < 1 and once["first_step_at"] > 0 and once["peak_memory_bytes"] > 2**27
+    assert table["script, fast"]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=0.01)
+    assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
