@@ -4,7 +4,8 @@
 
 The same model, LoRA layers or none, number of rows and real tokens in a batch as the others, but each batch is cut from
 the running tokens of its rows, sorted by length, so that nothing is padded; nothing is done but forward, backward,
-clipping and a fused AdamW step. Precision: the settings bf16 and dtype.
+clipping and a fused AdamW step. Precision: the settings bf16 and dtype. The last batch, the
+longest, is profiled where there is a file for that: profile.
 """
 
 import json
@@ -30,7 +31,11 @@ device = "cuda:0" if torch.cuda.is_available() else "cpu"
 model = model.to(device).train()
 trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = torch.optim.AdamW(trainable, lr=4e-5, weight_decay=0.001, fused=True)
+profile = None
 for batch in batches:
+    if settings["profile"] and batch is batches[-1]:
+        profile = torch.profiler.profile()
+        profile.start()
     ids = torch.tensor([token for row in batch for token in row])
     length = len(ids) // size
     ids = ids[: size * length].view(size, length).to(device)
@@ -40,3 +45,7 @@ for batch in batches:
     torch.nn.utils.clip_grad_norm_(trainable, 0.3)
     optimizer.step()
     optimizer.zero_grad()
+if profile:
+    profile.stop()
+    key = "self_device_time_total" if device != "cpu" else "self_cpu_time_total"
+    Path(settings["profile"]).write_text(profile.key_averages().table(sort_by=key, row_limit=20))

@@ -8,6 +8,7 @@ and torchtune take the rows at random, and litgpt's LoRA scales its learning rat
 
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def litgpt(settings: dict, out: Path) -> None:
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import JSON
     from litgpt.finetune import full, lora
+    from litgpt.prompts import Default
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
     words = json.loads(Path(settings["model"], "config.json").read_text())["vocab_size"]
@@ -84,7 +86,7 @@ def litgpt(settings: dict, out: Path) -> None:
         checkpoint_dir=model,
         out_dir=out / "run",
         precision="bf16-mixed" if settings["bf16"] else "32-true",
-        data=JSON(out / "rows", prompt_style="default", num_workers=0),
+        data=JSON(out / "rows", prompt_style=Default(), num_workers=0),
         train=TrainArgs(
             save_interval=10**6,
             log_interval=50,
@@ -97,16 +99,17 @@ def litgpt(settings: dict, out: Path) -> None:
         eval=EvalArgs(interval=10**6, max_iters=1, max_new_tokens=1, final_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-5, "weight_decay": 0.001, "fused": True}},
     )
+    method = "full" if settings["full"] else "lora"
+    sys.argv = ["litgpt", f"finetune_{method}", str(model)]  # it reads and saves its command line in the end
     if settings["full"]:
         full.setup(**common)
     else:
         lora.setup(**common, lora_r=64, lora_alpha=16, lora_dropout=0.1)
 
 
-def torchtune(settings: dict, out: Path) -> None:
+def train_torchtune(settings: dict, out: Path) -> None:
+    import torchtune
     from omegaconf import OmegaConf
-    from recipes.full_finetune_single_device import FullFinetuneRecipeSingleDevice
-    from recipes.lora_finetune_single_device import LoRAFinetuneRecipeSingleDevice
 
     model = Path(settings["model"])
     config = json.loads((model / "config.json").read_text())
@@ -121,7 +124,8 @@ def torchtune(settings: dict, out: Path) -> None:
         rope_base=config["rope_parameters"]["rope_theta"],
         tie_word_embeddings=config["tie_word_embeddings"],
     )
-    adapter = dict(lora_attn_modules=["q_proj", "v_proj"], lora_rank=64, lora_alpha=16, lora_dropout=0.1)
+    adapter = dict(lora_attn_modules=["q_proj", "v_proj"], apply_lora_to_mlp=False, apply_lora_to_output=False)
+    adapter |= dict(lora_rank=64, lora_alpha=16, lora_dropout=0.1)
     kind = "llama3_2" if settings["full"] else "lora_llama3_2"
     recipe = dict(
         output_dir=str(out / "run"),
@@ -169,7 +173,10 @@ def torchtune(settings: dict, out: Path) -> None:
     if not settings["full"]:
         recipe["model"] |= adapter
     config = OmegaConf.create(recipe)
-    trainer = (FullFinetuneRecipeSingleDevice if settings["full"] else LoRAFinetuneRecipeSingleDevice)(config)
+    # Its recipes are scripts, which are not to be imported.
+    method, name = ("full", "FullFinetune") if settings["full"] else ("lora", "LoRAFinetune")
+    recipes = Path(torchtune.__file__).parent.parent / "recipes"
+    trainer = runpy.run_path(str(recipes / f"{method}_finetune_single_device.py"))[f"{name}RecipeSingleDevice"](config)
     trainer.setup(config)
     trainer.save_checkpoint = lambda *args, **kwargs: None  # comes after the last step, which is not measured
     trainer.train()
@@ -188,4 +195,4 @@ if __name__ == "__main__":
     settings = json.loads(Path(sys.argv[2]).read_text())
     folder = Path(settings["output_dir"])
     shutil.rmtree(folder, ignore_errors=True)
-    {"LLaMA-Factory": llama_factory, "litgpt": litgpt, "torchtune": torchtune}[sys.argv[1]](settings, folder)
+    {"LLaMA-Factory": llama_factory, "litgpt": litgpt, "torchtune": train_torchtune}[sys.argv[1]](settings, folder)

@@ -56,7 +56,6 @@ VARIANTS = {
     "paged_adamw_32bit": "--optim paged_adamw_32bit",
     "token_metrics": "--token_metrics true",
     "random order": "--train_sampling_strategy random",
-    "padding_free": "--padding_free true",
     "packing": "--packing true",
     "eager attention": "--attn_implementation eager",
     "gradient_checkpointing": "--gradient_checkpointing true",
@@ -82,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "is autocast, on frozen weights of bfloat16 with LoRA (default: float32)")  # fmt: skip
     add("--full", action="store_true", help="train all parameters, with 03_train_full.py")
     add("--variants", action="store_true", help="the recipe fast with one setting changed, too")
+    add("--profile", action="store_true", help="the last step of the bare loops by operation, to profile-*.txt")
     add("--peers", action="store_true", help="other projects too; each environment takes up to 6 GB in --output_dir")
     add("--only", action="append", help="one of those above; may be repeated")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
@@ -163,10 +163,11 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     settings = {"model": str(model), "rows": str(rows), "output_dir": str(folder / "run"), "full": args.full}
     settings |= {"gpu": GPU, "eos_token": AutoTokenizer.from_pretrained(model).eos_token}
     settings |= {"max_length": args.max_length, "batch_size": args.batch_size}
-    plain = settings | {"bf16": short, "dtype": dtype}
+    name = str((args.output_dir / "profile-{}.txt").resolve()) if args.profile else ""
+    plain = settings | {"profile": name.format("plain")} | {"bf16": short, "dtype": dtype}
     like_fast = {"bf16": False, "dtype": "float32"}
     like_fast |= {name: value for name, value in chosen.items() if name in like_fast}
-    files = {"plain": plain, "fast": settings | like_fast}
+    files = {"plain": plain, "fast": settings | like_fast | {"profile": name.format("fast")}}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 

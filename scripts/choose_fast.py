@@ -38,12 +38,6 @@ if __name__ == "__main__":
 
 import torch
 
-# Added one after another where the memory does not suffice.
-LESS_MEMORY = (
-    {"token_metrics": (True, "the loss in chunks, without the whole of the logits: the memory does not suffice")},
-    {"gradient_checkpointing": (True, "activations are computed twice: the memory does not suffice to keep them")},
-)
-
 
 def has_bf16() -> bool:
     """Whether the hardware computes in bfloat16 itself: where it is emulated, float32 is faster."""
@@ -64,11 +58,20 @@ def choose(method: str) -> dict[str, tuple]:
         if not gpu:
             chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
     if gpu and find_spec("flash_attn"):
-        chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
-        chosen["padding_free"] = (True, "it takes the rows of a batch one after another, without padding")
+        chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed; padding is left out of it")
     if gpu and find_spec("liger_kernel") and find_spec("triton"):
         chosen["use_liger_kernel"] = (True, "norms, MLP and loss in kernels of their own: Liger is installed")
     return chosen
+
+
+def list_savings() -> list[dict[str, tuple]]:
+    """What is tried, one after another: nothing more, and settings that take less memory and more time."""
+    reason = "the memory does not suffice for"
+    chunks = {"token_metrics": (True, f"the loss in chunks: {reason} all logits at once")}
+    recompute = {"gradient_checkpointing": (True, f"activations are computed twice: {reason} keeping them")}
+    if torch.cuda.is_available():
+        return [{}, chunks, recompute, chunks | recompute]
+    return [{}, recompute]  # without Triton the chunks take more
 
 
 def write_recipe(file: Path, base: str, chosen: dict[str, tuple]) -> None:
@@ -86,9 +89,8 @@ def main() -> None:
         base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
-    chosen = choose(args.method)
-    for less in ({}, *LESS_MEMORY):
-        chosen |= less
+    for less in list_savings():
+        chosen = choose(args.method) | less
         write_recipe(args.output, base, chosen)
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)
         if not args.command or (status := subprocess.run(args.command).returncode) == 0:
