@@ -156,7 +156,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "--per_device_train_batch_size",
         args.batch_size,
     ]
-    subprocess.run([*map(str, choose), "--", *map(str, predict)], check=True)
+    if subprocess.run([*map(str, choose), "--", *map(str, predict)]).returncode:
+        sys.exit("error: this does not fit, for the reason above. Give another --size, --max_length or --batch_size.")
     chosen = yaml.safe_load(fast.read_text())
     short = args.dtype == "bfloat16"
     dtype = "bfloat16" if short and not args.full else "float32"
