@@ -64,7 +64,7 @@ def choose(method: str) -> dict[str, tuple]:
     return chosen
 
 
-def list_savings() -> list[dict[str, tuple]]:
+def list_attempts() -> list[dict[str, tuple]]:
     """What is tried, one after another: nothing more, and settings that take less memory and more time."""
     reason = "the memory does not suffice for"
     chunks = {"token_metrics": (True, f"the loss in chunks: {reason} all logits at once")}
@@ -89,7 +89,7 @@ def main() -> None:
         base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
-    for less in list_savings():
+    for less in list_attempts():
         chosen = choose(args.method) | less
         write_recipe(args.output, base, chosen)
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)

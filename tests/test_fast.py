@@ -61,7 +61,7 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert written["gradient_checkpointing"] is True and written["optim"] == "adamw_torch_fused"
     machine(monkeypatch, gpu=True, bf16=True)
-    assert [sorted(less) for less in script.list_savings()] == [
+    assert [sorted(less) for less in script.list_attempts()] == [
         [], ["token_metrics"], ["gradient_checkpointing"], ["gradient_checkpointing", "token_metrics"]
     ]  # fmt: skip
 

@@ -106,6 +106,7 @@ def test_a_token_in_the_environment_is_nowhere_in_what_the_steps_print_and_write
         ["03_train_full.py", *fetched, *short, "--output_dir", "full"],
         ["00_check_gpu.py", "--model", "org/tiny", "--output", "memory.json"],
         ["00_check_gpu.py", "--access", "org/gated", "--output", "check.json"],
+        ["choose_fast.py", "--method", "lora", "--output", "fast.yaml"],
         ["compare_runs.py", "lora/run.json", "full/run.json", "--output_dir", "report"],
         ["plot_loss.py", "lora/run.json", "--output", "loss.png"],
         ["04_merge_adapter.py", "--model_name_or_path", "lora/adapter", "--output_dir", "merged"],
