@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=4, help="rows of a batch (default: 4)")
     add("--rounds", type=int, default=2, help="how often each is run (default: 2)")
     add("--device", choices=["auto", "cpu"], default="auto", help="cpu: though there is an accelerator (default: auto)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but script and tutorial: bfloat16 "
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of bare loop, trl sft, peers: bfloat16 "
         "is autocast, on frozen weights of bfloat16 with LoRA (default: float32)")  # fmt: skip
     add("--full", action="store_true", help="train all parameters, with 03_train_full.py")
     add("--variants", action="store_true", help="the recipe fast with one setting changed, too")
@@ -187,7 +187,7 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "trl sft": ([*trl, *TUTORIAL, "--bf16", str(short).lower(), *on_cpu], short),
         "trl sft, defaults": ([*trl, "--report_to", "none", *bf16], short or GPU),
         "tutorial": (snippet, False),
-        "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], short),
+        "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], False),
     }
     if args.variants:
         short = like_fast["bf16"]
