@@ -264,6 +264,7 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
         steps = sorted(seconds for run in each for seconds in run["step_seconds"])
         seconds = statistics.median(sum(run["step_seconds"]) for run in each)
         peak = peaks["bfloat16" if commands[name][1] else "float32"]
+        losses = each[-1]["losses"]
         low, middle, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.5, 0.9))
         table.append(
             {
@@ -273,7 +274,8 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
                 "step_seconds": {"10%": low, "median": middle, "90%": high},
                 "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
                 "mfu": flops / seconds / peak,
-                "mean_loss": statistics.mean(each[-1]["losses"]),
+                # torchtune multiplies each with its labels, and divides the gradients by them before the step.
+                "mean_loss": sum(losses) / (sum(lengths) - len(lengths)) if name == "torchtune" else statistics.mean(losses),
                 "first_step_at": statistics.median(run["first_step_at"] for run in each),
                 "runs": len(each),
             }

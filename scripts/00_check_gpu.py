@@ -613,6 +613,7 @@ def count_weights(config: dict, targets: list[str], rank: int) -> dict:
         "adapter": layers * rank * sum(into + out for into, out in chosen.values()),
         "targets": chosen,
         "query": query,
+        "value": value,
     }
 
 
@@ -650,7 +651,8 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
                  may move to the memory of the host where the accelerator's is short, at the cost of time.
     activations  What autograd keeps of a layer of transformers' Llama, with attention that does not keep its scores.
                  The method is that of arXiv 2205.05198, section 4; a test counts the values:
-                   N (4 (2h + 2 + H) + b (4q + 3i + L))        norms, attention and its mask, MLP
+                   N (4 (2h + 2 + H) + b (2q + 2v + 3i))       norms, attention, MLP; v: size of keys, of values
+                   with token_metrics N b (2q - 2v + L)        for the mask, and keys and values of every head
                    full: N (8h + b (2h + i)), under autocast N (8h + b (5h + i)), a copy for each linear layer
                    LoRA: N r b a target, and of its input of size n: n b, once for several targets that read the same;
                    n 4 each on bf16 weights without autocast; with dropout n b each and a mask of n (4 on the CPU)
@@ -682,7 +684,9 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         weights += 2 * counts["quantizable"]
     optimizer = trainable * describe_optimizer(settings["optim"])[0]
 
-    layer = 4 * (2 * hidden + 2 + heads) + b * (4 * query + 3 * inner + tokens)
+    value = counts["value"]
+    layer = 4 * (2 * hidden + 2 + heads) + b * (2 * query + 2 * value + 3 * inner)
+    layer += b * (2 * query - 2 * value + tokens) if settings["token_metrics"] else 0
     if not lora:
         layer += 8 * hidden + b * ((5 if autocast else 2) * hidden + inner)
     else:

@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, load, run, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import SFTConfig
 
 script = load("choose_fast.py")
 # Exit status 0 where a recipe has a setting that is true.
@@ -155,6 +157,35 @@ def test_packed_rows_give_the_logits_and_gradients_of_the_rows_alone(
     logits, gradients = loss_and_gradients(model, broken, labels)
     assert not torch.allclose(logits, torch.cat(alone, dim=1), atol=1e-3)
     assert largest_difference(gradients, sums) > 1e-2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer, attention, tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = Dataset.from_dict({"text": ["what color is a", "what color is a" + " b" * 20]})
+    settings = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", bf16=False)
+    trainer = load(trainer).PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    (batch,) = trainer.get_train_dataloader()
+    assert sorted(batch["attention_mask"].sum(1).tolist())[0] < batch["attention_mask"].shape[1]  # one is padded
+    seen = []
+    hook = model.register_forward_pre_hook(lambda model, args, inputs: seen.append(set(inputs)), with_kwargs=True)
+
+    def measure(compute_loss, batch) -> tuple[float, list]:
+        loss = compute_loss(trainer, model.eval(), batch)
+        return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+    ours, gradients = measure(type(trainer).compute_loss, batch)
+    masked, expected = measure(Trainer.compute_loss, batch)
+    hook.remove()
+    assert ["attention_mask" in names for names in seen] == [False, True]
+    assert ours == pytest.approx(masked, rel=1e-5) and largest_difference(gradients, expected) < 1e-4
+
+    # Were the rows padded on the left, each token would see the padding, and the same comparison fails.
+    left = {name: value.flip(1) for name, value in batch.items() if torch.is_tensor(value)}
+    ours, masked = (measure(compute, left)[0] for compute in (type(trainer).compute_loss, Trainer.compute_loss))
+    assert ours != pytest.approx(masked, rel=1e-4)
 
 
 def test_the_bench_measures_what_it_names(tiny_model, tmp_path):

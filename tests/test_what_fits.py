@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_model(config, expected):
     assert expected in (None, found)
 
 
-def kept_by_autograd(layers, batch, length, method, dtype, autocast, dropout, targets) -> int:
+def kept_by_autograd(layers, batch, length, masked, method, dtype, autocast, dropout, targets) -> int:
     """Bytes that autograd keeps for the backward pass of a padded batch, weights not counted."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_hidden_layers=layers)).to(dtype)
@@ -62,10 +62,12 @@ def kept_by_autograd(layers, batch, length, method, dtype, autocast, dropout, ta
     mask[0, -3:] = 0
     cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
-        model.train()(input_ids=torch.randint(3, 100, (batch, length)), attention_mask=mask, use_cache=False)
+        ids = torch.randint(3, 100, (batch, length))
+        model.train()(input_ids=ids, attention_mask=mask if masked else None, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("token_metrics", [False, True])
 @pytest.mark.parametrize("targets", [QUERY_VALUE, ALL], ids=["q, v", "all"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -79,14 +81,14 @@ def kept_by_autograd(layers, batch, length, method, dtype, autocast, dropout, ta
         ("full", "float32", True),
     ],
 )
-def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, targets):
+def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, targets, token_metrics):
     batch, length = 4, 40
-    arguments = (batch, length, method, getattr(torch, dtype), autocast, dropout, targets)
+    arguments = (batch, length, token_metrics, method, getattr(torch, dtype), autocast, dropout, targets)
     kept = kept_by_autograd(3, *arguments) - kept_by_autograd(2, *arguments)  # of one layer
     config = LlamaConfig(**SIZES, num_hidden_layers=1).to_dict()
     options = settings(
         dtype=dtype, bf16=autocast, lora_r=8, lora_dropout=dropout, lora_target_modules=targets,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=batch, token_metrics=token_metrics,
     )  # fmt: skip
     parts = script.predict_memory(config, method, options, length, "cpu")
     predicted = parts["activations"]
