@@ -26,8 +26,16 @@ def link_model(model: Path, folder: Path) -> Path:
 def llama_factory(settings: dict, out: Path) -> None:
     from llamafactory.train.tuner import run_exp
 
+    if settings["gpu"] and not settings["bf16"]:
+        sys.exit(
+            "error: LLaMA-Factory takes half precision on an accelerator: give --dtype bfloat16."
+        )
     (out / "data").mkdir(parents=True)
-    content = {"rows": {"file_name": settings["rows"], "columns": {"prompt": "text"}}}
+    # It adds the EOS token itself.
+    rows = [json.loads(line)["text"] for line in Path(settings["rows"]).read_text().splitlines()]
+    lines = [json.dumps({"text": row.removesuffix(settings["eos_token"])}) for row in rows]
+    (out / "data/rows.jsonl").write_text("\n".join(lines) + "\n")
+    content = {"rows": {"file_name": "rows.jsonl", "columns": {"prompt": "text"}}}
     (out / "data/dataset_info.json").write_text(json.dumps(content))
     method = {"finetuning_type": "full"}
     if not settings["full"]:
@@ -72,7 +80,9 @@ def litgpt(settings: dict, out: Path) -> None:
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
     words = json.loads(Path(settings["model"], "config.json").read_text())["vocab_size"]
-    name = {49152: "SmolLM2-135M-Instruct", 32000: "Llama-2-7b-hf"}[words]
+    name = {49152: "SmolLM2-135M-Instruct", 32000: "Llama-2-7b-hf"}.get(words)
+    if not name:
+        sys.exit("error: litgpt knows models by their names: give --size embedded or llama2-7b.")
     model = link_model(Path(settings["model"]), out / name)
     convert_hf_checkpoint(model, model_name=name)
     rows = [json.loads(line)["text"] for line in Path(settings["rows"]).read_text().splitlines()]

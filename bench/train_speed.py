@@ -18,10 +18,12 @@ Trainer             transformers' own Trainer with the tutorial's values (plain_
 LLaMA-Factory, litgpt, torchtune    with --peers, each in an environment of its own, which is made here
 
 Each runs in a process of its own, in turn, --rounds times. Real tokens are those of the rows, each cut at --max_length;
-padding is never counted. tokens/s is real tokens over the time from the first forward pass to the last step.
+padding is never counted. tokens/s is real tokens over the time from the first forward pass to the last step: what is
+compiled in the first step counts, so give enough rows. Memory of an accelerator is PyTorch's: where it is paged, the
+state of the optimizer is not in it.
 MFU (model FLOPs utilisation) is the share of the matmul peak that the model's arithmetic takes: the most that a product
 of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16 where it multiplies in that. For a
-token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x hidden size x
+token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x query size x
 length; the backward 2 for each weight, 2 more for each that is trained, and for attention twice what the forward took.
 What is computed twice with gradient checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
 Writes speed.json, speed.md and speed.png to --output_dir.
@@ -52,7 +54,7 @@ TUTORIAL = """--learning_rate 4e-5 --weight_decay 0.001 --max_grad_norm 0.3 --wa
 --optim paged_adamw_32bit --lr_scheduler_type constant --train_sampling_strategy group_by_length
 --gradient_checkpointing false --save_steps 50 --logging_steps 50 --report_to tensorboard""".split()
 VARIANTS = {
-    "float32": "--bf16 false --dtype float32",
+    "float32": "--bf16 false --dtype float32 --attn_implementation sdpa",
     "paged_adamw_32bit": "--optim paged_adamw_32bit",
     "token_metrics": "--token_metrics true",
     "random order": "--train_sampling_strategy random",
@@ -137,6 +139,9 @@ def make_model(args, texts: list[str], folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    if GPU:
+        torch.cuda.empty_cache()  # all of it is for those that are measured
     return folder
 
 
@@ -147,15 +152,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     fast = folder / "fast.yaml"
     choose = [sys.executable, SCRIPTS / "choose_fast.py", "--method", method, "--output", fast]
     predict = [sys.executable, SCRIPTS / "00_check_gpu.py", "--model", model, "--method", method]
-    predict += [
-        "--",
-        "--config",
-        fast,
-        "--max_length",
-        args.max_length,
-        "--per_device_train_batch_size",
-        args.batch_size,
-    ]
+    predict += ["--", "--config", fast, "--max_length", args.max_length]
+    predict += ["--per_device_train_batch_size", args.batch_size]
     if subprocess.run([*map(str, choose), "--", *map(str, predict)]).returncode:
         sys.exit("error: this does not fit, for the reason above. Give another --size, --max_length or --batch_size.")
     chosen = yaml.safe_load(fast.read_text())
@@ -190,14 +188,14 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], False),
     }
     if args.variants:
-        short = like_fast["bf16"]
         commands |= {
-            f"fast, {name}": ([*ours, "--config", fast, *options.split()], short and name != "float32")
+            f"fast, {name}": ([*ours, "--config", fast, *options.split()], like_fast["bf16"] and name != "float32")
             for name, options in VARIANTS.items()
         }
     if args.peers:
-        short = args.dtype == "bfloat16"
         commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
+    if unknown := set(args.only or []) - set(commands):
+        sys.exit(f"error: there is no contender {min(unknown)!r}, but: {', '.join(commands)}. Or --peers, --variants.")
     return {name: command for name, command in commands.items() if not args.only or name in args.only}
 
 
@@ -248,12 +246,12 @@ def measure_matmul(dtype: torch.dtype) -> float:
 def count_flops(model: Path, lengths: list[int], full: bool) -> float:
     """Floating-point operations of forward and backward over rows of these lengths; see the docstring of this file."""
     config = AutoConfig.from_pretrained(model)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    key = hidden * config.num_key_value_heads // config.num_attention_heads
-    layer = 2 * hidden * hidden + 2 * hidden * key + 3 * hidden * config.intermediate_size
-    base = layers * layer + hidden * config.vocab_size
-    adapter = 0 if full else layers * 64 * (hidden + hidden + hidden + key)  # on q_proj and v_proj
-    attention = sum(2 * layers * hidden * length * length for length in lengths)  # 4 L^2 of which half is masked
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    query, value = heads * head, config.num_key_value_heads * head
+    base = layers * (2 * hidden * (query + value) + 3 * hidden * config.intermediate_size) + hidden * config.vocab_size
+    adapter = 0 if full else layers * 64 * (hidden + query + hidden + value)  # on q_proj and v_proj
+    attention = sum(2 * layers * query * length * length for length in lengths)  # 4 L^2 of which half is masked
     return sum(lengths) * (4 * (base + adapter) + 2 * (base if full else adapter)) + 3 * attention
 
 
@@ -265,6 +263,8 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
         seconds = statistics.median(sum(run["step_seconds"]) for run in each)
         peak = peaks["bfloat16" if commands[name][1] else "float32"]
         losses = each[-1]["losses"]
+        if name == "torchtune":  # which multiplies each with the number of its labels, and then divides the gradients
+            losses = [sum(losses) / (sum(lengths) - len(lengths))]
         low, middle, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.5, 0.9))
         table.append(
             {
@@ -274,8 +274,7 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
                 "step_seconds": {"10%": low, "median": middle, "90%": high},
                 "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
                 "mfu": flops / seconds / peak,
-                # torchtune multiplies each with its labels, and divides the gradients by them before the step.
-                "mean_loss": sum(losses) / (sum(lengths) - len(lengths)) if name == "torchtune" else statistics.mean(losses),
+                "mean_loss": statistics.mean(losses),
                 "first_step_at": statistics.median(run["first_step_at"] for run in each),
                 "runs": len(each),
             }
@@ -354,8 +353,6 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(model)
         lengths = [len(tokenizer(text).input_ids[: args.max_length]) for text in texts]
         commands = list_commands(args, model, rows, folder)
-        if not commands:
-            sys.exit(f"error: there is no contender {args.only}. See --help.")
         pythons = {
             what: make_environment(what, args.output_dir) if what in PEERS else sys.executable for what in commands
         }
