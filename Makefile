@@ -290,10 +290,12 @@ $(OUT)/dataset/audit-full.json: scripts/audit_tokens.py $(OUT)/dataset/run.json 
 	$(call audit,train-full,$(recipe_full))
 
 # What a training will take is predicted each time it is to begin, and one that does not fit is not begun, unless FORCE=1.
-# The recipe fast is written there: settings that take less memory where it does not fit.
+# The recipe fast is written there: settings that take less memory where it does not fit. It stays as it was for a training
+# that was interrupted.
 config = $(addprefix --config ,$(if $(fast),$(OUT)/check/fast-$(1).yaml,$(2)))
 define predict
-	$(if $(fast),$(PY) scripts/choose_fast.py --method $(1) $(addprefix --config ,$(2)) --output $(OUT)/check/fast-$(1).yaml -- \
+	$(if $(fast),$(PY) scripts/choose_fast.py --method $(1) $(addprefix --config ,$(2)) --output $(OUT)/check/fast-$(1).yaml \
+		$(if $(filter 1,$(RESTART))$(wildcard $(OUT)/$(1)/run.json),,$(if $(wildcard $(OUT)/$(1)/checkpoints/checkpoint-*),--keep)) -- \
 		)$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
 		$(call config,$(1),$(2)) $(call args,train-$(1))
 endef

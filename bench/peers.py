@@ -27,9 +27,7 @@ def llama_factory(settings: dict, out: Path) -> None:
     from llamafactory.train.tuner import run_exp
 
     if settings["gpu"] and not settings["bf16"]:
-        sys.exit(
-            "error: LLaMA-Factory takes half precision on an accelerator: give --dtype bfloat16."
-        )
+        sys.exit("error: LLaMA-Factory takes half precision on an accelerator: give --dtype bfloat16.")
     (out / "data").mkdir(parents=True)
     # It adds the EOS token itself.
     rows = [json.loads(line)["text"] for line in Path(settings["rows"]).read_text().splitlines()]

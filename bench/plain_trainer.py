@@ -1,6 +1,6 @@
 """Train with transformers' own Trainer and the tutorial's values.
 
-python timed.py OUT.json plain_trainer.py SETTINGS.json
+    python timed.py OUT.json plain_trainer.py SETTINGS.json
 """
 
 import json
@@ -10,13 +10,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 settings = json.loads(Path(sys.argv[1]).read_text())
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])

@@ -44,13 +44,13 @@ def run(*command) -> float:
 
 
 def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def time_disk(source: Path, bytes_written: int, folder: Path) -> float:
     """Seconds that reading the files of a folder and writing as many bytes takes."""
     begin = time.perf_counter()
-    for file in source.iterdir():
+    for file in filter(Path.is_file, source.iterdir()):
         with file.open("rb") as stream:
             while stream.read(2**24):
                 pass
@@ -73,10 +73,8 @@ def measure_round(model: Path, adapter: Path, folder: Path, count: int) -> dict[
         prompts = QUESTIONS[:number]
         options = ["--model_name_or_path", model, "--max_new_tokens", count]
         ours = [SCRIPTS / "05_generate.py", *options, *(part for each in prompts for part in ("--prompt", each))]
-        for name, command in (
-            ("05_generate.py", ours),
-            ("transformers alone", [BENCH / "plain_generate.py", model, count, *prompts]),
-        ):
+        alone = [BENCH / "plain_generate.py", model, count, *prompts]
+        for name, command in (("05_generate.py", ours), ("transformers alone", alone)):
             seconds = run(BENCH / "timed_generate.py", out, *command)
             found[f"{name}, {number} prompt{'s' * (number > 1)}"] = json.loads(out.read_text()) | {"process": seconds}
     merged = folder / "merged"
@@ -115,16 +113,14 @@ def main() -> None:
         def median(key, each=each):
             return f"{statistics.median(one[key] for one in each):.2f}" if key in each[0] else ""
 
-        speed = (
-            f"{statistics.median(one['tokens'] / one['seconds'] for one in each):.1f}" if "tokens" in each[0] else ""
-        )
+        speeds = [one["tokens"] / one["seconds"] for one in each if "tokens" in one]
+        speed = f"{statistics.median(speeds):.1f}" if speeds else ""
         seconds = median("process") or median("seconds")
         lines.append(f"| {what} | {seconds} | {median('first_token_at')} | {speed} | {median('disk')} |")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     date = datetime.now().astimezone().isoformat(timespec="minutes")
-    head = (
-        f"{device}, torch {version('torch')}, transformers {version('transformers')}, {date[:10]}, {args.rounds} rounds"
-    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    head = f"{device}, {packages}, {date[:10]}, {args.rounds} rounds"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     text = head + "\n\n" + "\n".join(lines) + "\n"
     (args.output_dir / "steps.md").write_text(text)

@@ -12,7 +12,7 @@ Needs nothing installed: what is missing is a finding. What may crash or hang ru
 MODEL is a folder, or a hub id, which needs huggingface-hub. After -- stand options of the training scripts, --config
 FILE.yaml among them.
 Writes  a JSON report to --output, if given.
-Exits   with status 0: ready, 1: not ready, or the one training does not fit, 2: ready, with warnings.
+Exits   with status 0: ready, 1: not ready, 2: ready, with warnings, 3: the one training does not fit.
 """
 
 import argparse
@@ -57,7 +57,7 @@ FREE_DISK = 10e9  # bytes: the environment, the embedded model and what the step
 # What decides about memory among the options of a training, with the tutorial's values.
 SETTINGS = {
     "dtype": "float32", "bf16": False, "load_in_4bit": False, "load_in_8bit": False, "use_bnb_nested_quant": False,
-    "token_metrics": False,
+    "token_metrics": False, "packing": False,
     "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
     "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
 }  # fmt: skip
@@ -637,7 +637,8 @@ def describe_optimizer(name: str) -> tuple[float, bool]:
 
 
 def predict_memory(config: dict, method: str, settings: dict, tokens: int, where: str) -> dict:
-    """Peak memory in bytes of a training, by part; tokens is the length of the longest row, where is cpu or gpu.
+    """Peak memory in bytes of a training, by part; tokens is the length of the longest row, packed or not, where is cpu
+    or gpu.
 
     With P parameters, T trainable ones, B rows of L tokens in a batch, N = B L, b bytes a value (2 in bf16 or fp16,
     under autocast too, else 4), h hidden, q query, i intermediate size, H heads, V words, r the rank of LoRA:
@@ -652,7 +653,8 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
     activations  What autograd keeps of a layer of transformers' Llama, with attention that does not keep its scores.
                  The method is that of arXiv 2205.05198, section 4; a test counts the values:
                    N (4 (2h + 2 + H) + b (2q + 2v + 3i))       norms, attention, MLP; v: size of keys, of values
-                   with token_metrics N b (2q - 2v + L)        for the mask, and keys and values of every head
+                   N b (2q - 2v + L) with token_metrics, for the mask, and keys and values of every head; with
+                   packing N b (2q - 2v + N), for all rows of the batch are one
                    full: N (8h + b (2h + i)), under autocast N (8h + b (5h + i)), a copy for each linear layer
                    LoRA: N r b a target, and of its input of size n: n b, once for several targets that read the same;
                    n 4 each on bf16 weights without autocast; with dropout n b each and a mask of n (4 on the CPU)
@@ -686,7 +688,8 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
 
     value = counts["value"]
     layer = 4 * (2 * hidden + 2 + heads) + b * (2 * query + 2 * value + 3 * inner)
-    layer += b * (2 * query - 2 * value + tokens) if settings["token_metrics"] else 0
+    if settings["packing"] or settings["token_metrics"]:
+        layer += b * (2 * query - 2 * value + (n if settings["packing"] else tokens))
     if not lora:
         layer += 8 * hidden + b * ((5 if autocast else 2) * hidden + inner)
     else:
@@ -716,14 +719,9 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         kept = 1.3 if settings["gradient_checkpointing"] else 0.4
         overhead = 0.53 * 2**30 + (0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else kept * (activations + logits))
         overhead += 4 * counts["quantizable"] if four_bit else 0
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": activations,
-        "logits": logits,
-    }
-    parts = {name: int(size) for name, size in {**parts, "overhead": overhead}.items()}
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    parts |= {"activations": activations, "logits": logits, "overhead": overhead}
+    parts = {name: int(size) for name, size in parts.items()}
     peak = int(weights + optimizer + passing + overhead)
     paged = where == "gpu" and settings["optim"].startswith("paged")
     return {**parts, "peak": peak, "allocated": peak - (parts["optimizer"] if paged else 0)}
@@ -835,10 +833,8 @@ def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: 
 
 def judge_needs(settings: dict, timeout: float) -> list[Finding]:
     """Whether bitsandbytes works in what a training takes from it: tried before a model is loaded."""
-    quantized, optimizer = (
-        settings["load_in_4bit"] or settings["load_in_8bit"],
-        describe_optimizer(settings["optim"])[1],
-    )
+    quantized = settings["load_in_4bit"] or settings["load_in_8bit"]
+    optimizer = describe_optimizer(settings["optim"])[1]
     probes = ["bitsandbytes"] * bool(quantized or optimizer) + ["optimizer"] * optimizer
     probes += ["quantize", "decode_4bit"] * settings["load_in_4bit"]
     for probe in probes:
@@ -868,7 +864,7 @@ def what_fits(args: argparse.Namespace) -> int:
             if others:
                 print(f"Options that do not count for the memory: {' '.join(others)}")
             tokens = settings["max_length"]
-            if args.audit:
+            if args.audit and not settings["packing"]:
                 tokens = min(tokens, json.loads(args.audit.read_text(encoding="utf-8"))["longest_row"])
             trainings = [(args.method, method, settings, tokens)]
         else:
@@ -894,15 +890,8 @@ def what_fits(args: argparse.Namespace) -> int:
             line = f"{label:26}{settings['per_device_train_batch_size']:6}{tokens:7}"
             line += "".join(f"{sizes[part] / 2**30:12.2f}" for part in parts)
             print(f"{line}  {'fits' if fit else 'does not fit'}")
-            predictions.append(
-                {
-                    "method": method if args.method else label,
-                    "tokens": tokens,
-                    "settings": settings,
-                    "bytes": sizes,
-                    "fits": fit,
-                }
-            )
+            prediction = {"method": method if args.method else label, "tokens": tokens, "settings": settings}
+            predictions.append(prediction | {"bytes": sizes, "fits": fit})
         margin = "a fifth of it, by which it may be off" if where == "cpu" else "1 GiB for the driver and 5 % for gaps"
         print(f"What fits: the peak and {margin}.")
     findings = []
@@ -921,7 +910,9 @@ def what_fits(args: argparse.Namespace) -> int:
             most = predictions[0]["bytes"]["peak"]
             report["smaller"] = [{"options": name, "bytes": size} for name, size in sizes.items() if size < most]
         write_json(args.output, report)
-    return 1 if findings and not args.force else 0
+    if args.force or not findings:
+        return 0
+    return 1 if all(each["fits"] for each in predictions) else 3
 
 
 def write_text(file: Path, text: str) -> None:

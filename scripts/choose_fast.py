@@ -9,8 +9,9 @@
 Reads   RECIPE.yaml, whose other settings stay as they are; none: the tutorial's.
 Writes  fast.yaml, for --config of 02_train_lora.py (lora) or 03_train_full.py (full).
 
-COMMAND, as the prediction of 00_check_gpu.py for that file, is run then. Where it fails, settings that take less memory
-are written and it is run again, as long as there are any. What each setting gains: docs/performance.md.
+COMMAND is run then: the prediction of 00_check_gpu.py for that file. Where it exits with status 3, for want of memory,
+settings that take less are written and it is run again, as long as there are any. What each setting gains:
+docs/performance.md.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--method", choices=["lora", "full"], required=True, help="what is trained")
     parser.add_argument("--config", type=Path, help="recipe whose other settings stay")
     parser.add_argument("--output", type=Path, required=True, help="file of the recipe, YAML")
-    parser.add_argument("command", nargs="*", help="after --: run then; where it fails, less memory is taken")
+    parser.add_argument("--keep", action="store_true", help="what was chosen before stays, if it may be chosen still")
+    parser.add_argument("command", nargs="*", help="after --: run then; where it exits with 3, less memory is taken")
     return parser.parse_args()
 
 
@@ -57,10 +59,10 @@ def choose(method: str) -> dict[str, tuple]:
             chosen["dtype"] = ("bfloat16", "of the frozen weights; the adapter is trained in float32")
         if not gpu:
             chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
-    if gpu and find_spec("flash_attn"):
-        chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed; padding is left out of it")
+    if "bf16" in chosen and gpu and find_spec("flash_attn"):
+        chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
     if gpu and find_spec("liger_kernel") and find_spec("triton"):
-        chosen["use_liger_kernel"] = (True, "norms, MLP and loss in kernels of their own: Liger is installed")
+        chosen["use_liger_kernel"] = (True, "norms, MLP and rotary positions in one kernel each: Liger is installed")
     return chosen
 
 
@@ -74,13 +76,12 @@ def list_attempts() -> list[dict[str, tuple]]:
     return [{}, recompute]  # without Triton the chunks take more
 
 
-def write_recipe(file: Path, base: str, chosen: dict[str, tuple]) -> None:
-    """Writes the lines of base, but for those of the settings that are chosen, and then these."""
+def format_recipe(base: str, chosen: dict[str, tuple]) -> str:
+    """The lines of base, but for those of the settings that are chosen, and then these."""
     lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({'|'.join(chosen)})[ \t]*:.*\n?", "", base).splitlines()]
     lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
     lines += [f"{name}: {str(value).lower()}  # {reason}" for name, (value, reason) in chosen.items()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -89,12 +90,17 @@ def main() -> None:
         base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
-    for less in list_attempts():
-        chosen = choose(args.method) | less
-        write_recipe(args.output, base, chosen)
+    attempts = [choose(args.method) | less for less in list_attempts()]
+    if args.keep and args.output.is_file():
+        old = args.output.read_text(encoding="utf-8")
+        attempts = [chosen for chosen in attempts if format_recipe(base, chosen) == old] or attempts
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for chosen in attempts:
+        args.output.write_text(format_recipe(base, chosen), encoding="utf-8")
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)
-        if not args.command or (status := subprocess.run(args.command).returncode) == 0:
-            return
+        status = subprocess.run(args.command).returncode if args.command else 0
+        if status != 3:
+            break
     sys.exit(status)
 
 

@@ -9,12 +9,12 @@ import torch
 import yaml
 from conftest import ROOT, load, run, write_rows
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, Trainer
 from trl import SFTConfig
 
 script = load("choose_fast.py")
-# Exit status 0 where a recipe has a setting that is true.
-SPARING = "import sys, yaml\nsys.exit(not yaml.safe_load(open(sys.argv[1])).get(sys.argv[2]))"
+# Exit status 0 where a recipe has a setting that is true, else 3.
+SPARING = "import sys, yaml\nsys.exit(0 if yaml.safe_load(open(sys.argv[1])).get(sys.argv[2]) else 3)"
 
 
 def machine(monkeypatch, gpu: bool, bf16: bool, packages: tuple = ()) -> None:
@@ -41,8 +41,8 @@ def test_what_is_chosen_on_which_machine(monkeypatch):
     machine(monkeypatch, gpu=True, bf16=True, packages=("flash_attn", "liger_kernel", "triton"))
     flash = {"attn_implementation": "flash_attention_2", "use_liger_kernel": True}
     assert chosen("full") == fused | {"bf16": True} | flash
-    machine(monkeypatch, gpu=True, bf16=False, packages=("liger_kernel",))
-    assert chosen("lora") == fused
+    machine(monkeypatch, gpu=True, bf16=False, packages=("liger_kernel", "flash_attn"))
+    assert chosen("lora") == fused  # FlashAttention has no float32
 
 
 def test_the_other_settings_of_the_recipe_stay(tmp_path):
@@ -68,10 +68,25 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_where_nothing_fits_the_status_of_the_command_is_passed_on(tmp_path):
-    command = [sys.executable, "-c", "raise SystemExit(5)"]
+@pytest.mark.parametrize(("status", "saves"), [(3, True), (5, False)])
+def test_the_status_of_the_command_is_passed_on_and_only_3_is_about_memory(status, saves, tmp_path):
+    command = [sys.executable, "-c", f"raise SystemExit({status})"]
     result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
-    assert result.returncode == 5
+    assert result.returncode == status
+    assert ("gradient_checkpointing" in yaml.safe_load((tmp_path / "fast.yaml").read_text())) == saves
+
+
+def test_what_was_chosen_is_kept_if_it_may_be_chosen_still(tmp_path):
+    command = ["choose_fast.py", "--method", "lora", "--output", "fast.yaml"]
+    sparing = [sys.executable, "-c", SPARING, "fast.yaml", "gradient_checkpointing"]
+    assert run(*command, "--", *sparing, cwd=tmp_path).returncode == 0
+    sparing_recipe = (tmp_path / "fast.yaml").read_text()
+    for options, kept in ((["--keep"], True), ([], False)):  # now that all would fit
+        assert run(*command, *options, "--", sys.executable, "-c", "", cwd=tmp_path).returncode == 0
+        assert ((tmp_path / "fast.yaml").read_text() == sparing_recipe) == kept
+    (tmp_path / "fast.yaml").write_text("bf16: false\n")
+    assert run(*command, "--keep", cwd=tmp_path).returncode == 0
+    assert yaml.safe_load((tmp_path / "fast.yaml").read_text())["optim"] == "adamw_torch_fused"
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
@@ -186,6 +201,25 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
     left = {name: value.flip(1) for name, value in batch.items() if torch.is_tensor(value)}
     ours, masked = (measure(compute, left)[0] for compute in (type(trainer).compute_loss, Trainer.compute_loss))
     assert ours != pytest.approx(masked, rel=1e-4)
+
+
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
+    rows = Dataset.from_dict({"text": ["what color is a", "what color is a" + " b" * 20]})
+    config = MixtralConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    dense, experts = AutoModelForCausalLM.from_pretrained(tiny_model), MixtralForCausalLM(config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    script = load(trainer)
+    for model, options, same in ((dense, {}, False), (dense, {"loss_type": "dft"}, True), (experts, {}, True)):
+        settings = SFTConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **options)
+        trainer = script.PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+        (batch,) = trainer.get_train_dataloader()
+        trainer.model.eval()
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
+        assert ("mean_token_accuracy" in trainer._metrics["eval"]) == same  # TRL counts it with its own loss
 
 
 def test_the_bench_measures_what_it_names(tiny_model, tmp_path):

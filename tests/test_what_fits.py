@@ -40,8 +40,8 @@ def test_parameters_are_those_of_the_model(config, expected):
     assert expected in (None, found)
 
 
-def kept_by_autograd(layers, batch, length, masked, method, dtype, autocast, dropout, targets) -> int:
-    """Bytes that autograd keeps for the backward pass of a padded batch, weights not counted."""
+def kept_by_autograd(layers, batch, length, inputs, method, dtype, autocast, dropout, targets) -> int:
+    """Bytes that autograd keeps for the backward pass of a batch, weights not counted; inputs: beside the tokens."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_hidden_layers=layers)).to(dtype)
     if method == "lora":
@@ -58,12 +58,10 @@ def kept_by_autograd(layers, batch, length, masked, method, dtype, autocast, dro
             kept[storage.data_ptr()] = storage  # held, so that no other takes its place
         return tensor
 
-    mask = torch.ones(batch, length, dtype=torch.long)
-    mask[0, -3:] = 0
     cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
         ids = torch.randint(3, 100, (batch, length))
-        model.train()(input_ids=ids, attention_mask=mask if masked else None, use_cache=False)
+        model.train()(input_ids=ids, use_cache=False, **inputs)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -83,7 +81,10 @@ def kept_by_autograd(layers, batch, length, masked, method, dtype, autocast, dro
 )
 def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, targets, token_metrics):
     batch, length = 4, 40
-    arguments = (batch, length, token_metrics, method, getattr(torch, dtype), autocast, dropout, targets)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, -3:] = 0
+    inputs = {"attention_mask": mask} if token_metrics else {}
+    arguments = (batch, length, inputs, method, getattr(torch, dtype), autocast, dropout, targets)
     kept = kept_by_autograd(3, *arguments) - kept_by_autograd(2, *arguments)  # of one layer
     config = LlamaConfig(**SIZES, num_hidden_layers=1).to_dict()
     options = settings(
@@ -97,6 +98,24 @@ def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, t
         predicted += 2 * (counts["adapter"] if method == "lora" else 0)
         predicted += 2 * counts["quantizable"] if dtype == "float32" else 0
     assert predicted == pytest.approx(kept, rel=0.005)
+
+
+def test_packed_rows_are_counted_as_the_one_row_that_they_become(tmp_path):
+    batch, length = 4, 40
+    options = settings(packing=True, lora_r=8, per_device_train_batch_size=batch)
+    config = LlamaConfig(**SIZES, num_hidden_layers=1).to_dict()
+    predicted = script.predict_memory(config, "lora", options, length, "cpu")["activations"]
+    positions = torch.arange(length).repeat(batch)[None]
+    sizes = (1, batch * length, {"position_ids": positions}, "lora", torch.float32, False, 0.1, QUERY_VALUE)
+    assert predicted == pytest.approx(kept_by_autograd(3, *sizes) - kept_by_autograd(2, *sizes), rel=0.005)
+    (tmp_path / "audit.json").write_text('{"longest_row": 5}')
+    model = save_config(tmp_path / "model", **SIZES)
+    command = ["--model", model, "--method", "lora", "--audit", "audit.json", "--output", "m.json", "--"]
+    for packing, tokens in (("true", 30), ("false", 5)):
+        command_line = [*command, "--packing", packing, "--max_length", "30", "--optim", "adamw_torch"]
+        assert run("00_check_gpu.py", *command_line, cwd=tmp_path).returncode == 0
+        (row,) = json.loads((tmp_path / "m.json").read_text())["predictions"]
+        assert row["tokens"] == tokens
 
 
 def test_four_bit_weights_take_what_bitsandbytes_takes():
@@ -161,7 +180,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     command = ["--root", machine.root, "--model", llama, "--method", "lora", "--audit", "audit.json"]
     options = ["--", "--optim", "adamw_torch_fused", "--learning_rate", "1", "--run_name", "x"]
     result = run("00_check_gpu.py", *command, "--output", "memory.json", *options, cwd=tmp_path)
-    assert result.returncode == 1 and not (tmp_path / "memory.json").exists()
+    assert result.returncode == 3 and not (tmp_path / "memory.json").exists()
     cause, mend = result.stderr.splitlines()
     assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
     assert mend.startswith("    type: add the option --gradient_checkpointing true   (all the same: FORCE=1 with Make")
