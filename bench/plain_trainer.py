@@ -1,6 +1,6 @@
 """Train with transformers' own Trainer and the tutorial's values.
 
-    python timed.py OUT.json plain_trainer.py SETTINGS.json
+python timed.py OUT.json plain_trainer.py SETTINGS.json
 """
 
 import json
