@@ -218,6 +218,7 @@ def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
         trainer = script.PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
         (batch,) = trainer.get_train_dataloader()
         trainer.model.eval()
+        trainer.current_gradient_accumulation_steps = 1  # as a training sets it
         trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
         assert ("mean_token_accuracy" in trainer._metrics["eval"]) == same  # TRL counts it with its own loss
 
@@ -243,3 +244,15 @@ def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
         assert 0 < row["mfu"] < 1 and once["first_step_at"] > 0 and once["peak_memory_bytes"] > 2**27
     assert table["script, fast"]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=0.01)
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
+
+
+def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(tiny_model, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a" + " b" * number} for number in range(8)])
+    command = ["--size", "tiny", "--model", tiny_model, "--data", "rows.jsonl", "--max_length", "40", "--rounds", "1"]
+    command += ["--output_dir", "bench", "--only", "script, fast", "--dtype", "bfloat16"]
+    result = run(ROOT / "bench/train_speed.py", *command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "bench/speed.json").read_text())["table"]
+    assert row["tokens_per_second"] > 0 and 0 < row["mean_loss"] < 10
+    result = run(ROOT / "bench/train_speed.py", *command, "--only", "no such", cwd=tmp_path)
+    assert result.returncode == 1 and "there is no contender 'no such', but: bare loop, " in result.stderr
