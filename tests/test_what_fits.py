@@ -309,13 +309,13 @@ def test_run_json_keeps_predicted_beside_measured(tiny_model, question_rows, tmp
 
 @pytest.mark.skipif("MALLOC_MMAP_THRESHOLD_" in os.environ, reason="malloc is set up otherwise")
 def test_malloc_set_up_otherwise_keeps_nothing(monkeypatch):
-    config, kept = (
-        LlamaConfig(**SIZES).to_dict(),
-        script.predict_memory(LlamaConfig(**SIZES).to_dict(), "lora", settings(), 512, "cpu"),
-    )
+    config = LlamaConfig(**SIZES).to_dict()
+    kept = script.predict_memory(config, "lora", settings(), 512, "cpu")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     without = script.predict_memory(config, "lora", settings(), 512, "cpu")
     assert without["overhead"] == int(0.53 * 2**30)
+    short = script.predict_memory(config, "lora", settings(bf16=True), 512, "cpu")
+    assert short["overhead"] == int((0.53 + 0.75) * 2**30)  # kernels for each length of a batch
     assert kept["overhead"] - without["overhead"] == pytest.approx(
         0.4 * (kept["activations"] + kept["logits"]), rel=0.01
     )
