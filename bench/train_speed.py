@@ -61,6 +61,7 @@ VARIANTS = {
     "packing": "--packing true",
     "eager attention": "--attn_implementation eager",
     "gradient_checkpointing": "--gradient_checkpointing true",
+    "4-bit weights": "--load_in_4bit true --use_bnb_nested_quant true",
     "torch.compile": "--torch_compile true",
 }
 LORA = ["--use_peft", "--lora_r", "64", "--lora_alpha", "16", "--lora_dropout", "0.1"]
@@ -188,10 +189,10 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], False),
     }
     if args.variants:
-        commands |= {
-            f"fast, {name}": ([*ours, "--config", fast, *options.split()], like_fast["bf16"] and name != "float32")
-            for name, options in VARIANTS.items()
-        }
+        for name, options in VARIANTS.items():
+            if not (args.full and name == "4-bit weights"):  # which are not trained
+                short = like_fast["bf16"] and name != "float32"
+                commands[f"fast, {name}"] = ([*ours, "--config", fast, *options.split()], short)
     if args.peers:
         commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
     if unknown := set(args.only or []) - set(commands):
