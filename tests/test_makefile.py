@@ -508,6 +508,15 @@ def test_the_recipe_fast_is_chosen_for_the_machine_before_a_training(project):
     assert " --config env/recipes/embedded.yaml " in by_step["audit_tokens"]
     project.make("train-lora", "RECIPE=fast")
     assert project.steps() == []
+    for interrupted, options, kept in ((True, [], True), (True, ["RESTART=1"], False), (False, [], False)):
+        (project.folder / "outputs/lora/run.json").unlink()
+        checkpoint = project.folder / "outputs/lora/checkpoints/checkpoint-50"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        if interrupted:
+            checkpoint.mkdir(parents=True)
+        project.make("train-lora", "RECIPE=fast", *options)
+        choose = next(command for command in project.commands() if "choose_fast" in command)
+        assert (" --keep -- " in choose) == kept  # what a training that was interrupted began with
     project.make("train-full", "RECIPE=fast")
     assert any("--method full --config env/recipes/embedded-full.yaml" in command for command in project.commands())
     assert " --config outputs/check/fast-full.yaml " in next(line for line in project.commands() if "03_train" in line)
