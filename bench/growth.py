@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import describe_machine, format_machine
+
 BENCH = Path(__file__).resolve().parent
 SCRIPTS = BENCH.parent / "scripts"
 TRAINED = ("rows", "length", "tokens", "train, s", "tokens/s", "peak memory, GiB")
@@ -134,10 +136,12 @@ def main() -> None:
                 found = measure([*data, "--dataset_name", write_rows(texts, count, folder)], folder)
             points[index] = {"rows": count, "length": length, "tokens": count * length, **found}
             print(name, points[index], flush=True)
-    text = write_table(series["rows"] + series["length"], TRAINED) + "\n" + write_table(series["preparation"], PREPARED)
+    machine = describe_machine()
+    text = f"{format_machine(machine)}\n\n{write_table(series['rows'] + series['length'], TRAINED)}\n"
+    text += write_table(series["preparation"], PREPARED)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "growth.md").write_text(text)
-    (args.output_dir / "growth.json").write_text(json.dumps(series, indent=1) + "\n")
+    (args.output_dir / "growth.json").write_text(json.dumps({"machine": machine} | series, indent=1) + "\n")
     draw(series, args.output_dir / "growth.png")
     print(text, end="")
 

@@ -3,7 +3,7 @@
     python timed.py OUT.json peers.py PEER SETTINGS.json
 
 The tutorial's values, rows and lengths, by the project's own means. What it has no setting for stays as it is: litgpt
-and torchtune take the rows at random, and litgpt's LoRA scales its learning rate down along a cosine.
+and torchtune take the rows at random, and litgpt clips no gradients and scales its learning rate down along a cosine.
 """
 
 import json
@@ -71,6 +71,7 @@ def llama_factory(settings: dict, out: Path) -> None:
 
 def litgpt(settings: dict, out: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import JSON
     from litgpt.finetune import full, lora
@@ -107,6 +108,7 @@ def litgpt(settings: dict, out: Path) -> None:
         eval=EvalArgs(interval=10**6, max_iters=1, max_new_tokens=1, final_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-5, "weight_decay": 0.001, "fused": True}},
     )
+    torch.set_float32_matmul_precision("high")  # as its command line does
     method = "full" if settings["full"] else "lora"
     sys.argv = ["litgpt", f"finetune_{method}", str(model)]  # it reads and saves its command line in the end
     if settings["full"]:

@@ -5,10 +5,9 @@
 --help              the slowest of all scripts, from the start of the process to its end
 05_generate.py      one prompt, and eight as a batch; and transformers alone with the same (plain_generate.py): seconds
                     to the first token, tokens/s while it generates
-04_merge_adapter.py an adapter of all linear layers, r=16; and the time that the disk needs to read what is read and to
-                    write what is written, by dd-like reading and writing of as many bytes (fsync; the page cache is not
-                    emptied before, for either)
-01_download.py      the embedded model out of its package, beside the same of the disk
+04_merge_adapter.py an adapter of all linear layers, r=16; and the time that the disk needs to read the base model and
+                    to write what is written (with fsync; the page cache is not emptied before, for either)
+01_download.py      the embedded model out of its package, beside reading and writing of what is written
 Writes steps.json and steps.md to --output_dir.
 """
 
@@ -20,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from machine import describe_machine, format_machine
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -117,14 +115,12 @@ def main() -> None:
         speed = f"{statistics.median(speeds):.1f}" if speeds else ""
         seconds = median("process") or median("seconds")
         lines.append(f"| {what} | {seconds} | {median('first_token_at')} | {speed} | {median('disk')} |")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    date = datetime.now().astimezone().isoformat(timespec="minutes")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    head = f"{device}, {packages}, {date[:10]}, {args.rounds} rounds"
+    machine = describe_machine()
+    head = f"{format_machine(machine)}, {args.rounds} rounds"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     text = head + "\n\n" + "\n".join(lines) + "\n"
     (args.output_dir / "steps.md").write_text(text)
-    (args.output_dir / "steps.json").write_text(json.dumps({"machine": head, "rounds": rounds}, indent=1) + "\n")
+    (args.output_dir / "steps.json").write_text(json.dumps({"machine": machine, "rounds": rounds}, indent=1) + "\n")
     print(text)
 
 

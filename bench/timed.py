@@ -5,16 +5,17 @@
 The training itself is not changed: PyTorch calls back at the first forward pass of the training and after each step of
 an optimizer. OUT.json: step_seconds (each optimizer step from the end of the one before it, so with what is done in
 between), first_step_at (seconds from the start of the process to the first forward pass), peak_memory_bytes (tensors on
-the accelerator, else the whole process), losses (of each backward pass).
+the accelerator, else the whole process), losses (of each backward pass), packages (versions of those that were used).
 """
 
 import atexit
 import json
 import os
-import resource
+import re
 import runpy
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 OUT = Path(sys.argv[1])
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "llamafactory", "litgpt", "torchtune")
 times, losses, first_step_at = [], [], None
 backward = torch.Tensor.backward
 
@@ -52,12 +54,13 @@ def keep_loss(loss, *args, **kwargs):
 
 
 def write() -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     content = {
         "step_seconds": [end - begin for begin, end in zip(times, times[1:], strict=False)],
         "first_step_at": first_step_at,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
         "losses": [loss.mean().item() for loss in losses],
+        "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
     }
     OUT.write_text(json.dumps(content))
 

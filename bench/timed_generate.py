@@ -2,13 +2,13 @@
 
     python timed_generate.py OUT.json SCRIPT.py [ARGUMENT ...]
 
-OUT.json: tokens (new ones, of all rows), seconds (of generate), first_token_at (seconds from the start of the process
-to the end of the first forward pass), peak_memory_bytes.
+OUT.json: tokens (new ones, of all rows, each up to its EOS token), seconds (of generate), first_token_at (seconds from
+the start of the process to the end of the first forward pass), peak_memory_bytes.
 """
 
 import json
 import os
-import resource
+import re
 import runpy
 import sys
 import time
@@ -42,7 +42,9 @@ def timed(model, *args, **kwargs):
     outputs = generate(model, *args, **kwargs)
     synchronize()
     found["seconds"] += time.perf_counter() - begin
-    found["tokens"] += outputs[:, kwargs["input_ids"].shape[1] :].numel()
+    new = outputs[:, kwargs["input_ids"].shape[1] :]
+    ends = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device))
+    found["tokens"] += (ends.cumsum(1) - ends.long() == 0).sum().item()  # what follows the first EOS is padding
     return outputs
 
 
@@ -51,6 +53,6 @@ GenerationMixin.generate = timed
 sys.argv = sys.argv[2:]
 sys.path[0] = str(Path(sys.argv[0]).parent)
 runpy.run_path(sys.argv[0], run_name="__main__")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
 OUT.write_text(json.dumps(found))

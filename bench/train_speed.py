@@ -7,11 +7,11 @@
 All train the tutorial's LoRA adapter (r=64, alpha 16, dropout 0.1), or all parameters with --full, for one epoch:
 
 bare loop           a PyTorch loop over unpadded batches, fused AdamW (bare_loop.py): the practical limit
-bare loop, fast     the same with the precision of the recipe fast
+bare loop, fast     the same with the precision and the attention kernel of the recipe fast
 script              02_train_lora.py or 03_train_full.py as they are: the tutorial's values
 script, fast        the same with the recipe fast of this machine
 fast, VARIANT       with --variants: the recipe fast with one setting changed, for what each of them gains
-trl sft             TRL's command line with the tutorial's values
+trl sft             TRL's script sft.py, which its command line starts, with the tutorial's values
 trl sft, defaults   the same with TRL's own values
 tutorial            the tutorial's snippets (tutorial_snippet.py)
 Trainer             transformers' own Trainer with the tutorial's values (plain_trainer.py)
@@ -19,14 +19,15 @@ LLaMA-Factory, litgpt, torchtune    with --peers, each in an environment of its 
 
 Each runs in a process of its own, in turn, --rounds times. Real tokens are those of the rows, each cut at --max_length;
 padding is never counted. tokens/s is real tokens over the time from the first forward pass to the last step: what is
-compiled in the first step counts, so give enough rows. Memory of an accelerator is PyTorch's: where it is paged, the
-state of the optimizer is not in it.
+compiled in the first step counts, so give enough rows. The rows are tokenized anew each time, and the time to the first
+step is the least of the rounds: what runs first reads its files from the disk. Memory of an accelerator is PyTorch's:
+where it is paged, the state of the optimizer is not in it.
 MFU (model FLOPs utilisation) is the share of the matmul peak that the model's arithmetic takes: the most that a product
 of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16 where it multiplies in that. For a
 token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x query size x
 length; the backward 2 for each weight, 2 more for each that is trained, and for attention twice what the forward took.
 What is computed twice with gradient checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
-Writes speed.json, speed.md and speed.png to --output_dir.
+Writes speed.json, speed.md and speed.png to --output_dir; speed-full.* with --full.
 """
 
 import argparse
@@ -38,13 +39,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 SCRIPTS = BENCH.parent / "scripts"
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 PEERS = {
     "LLaMA-Factory": ["llamafactory==0.9.5"],
     "litgpt": ["litgpt==0.5.13", "transformers<5.4", "datasets<5"],  # which take huggingface-hub as litgpt does
@@ -81,10 +79,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="how often each is run (default: 2)")
     add("--device", choices=["auto", "cpu"], default="auto", help="cpu: though there is an accelerator (default: auto)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of bare loop, trl sft, peers: bfloat16 "
-        "is autocast, on frozen weights of bfloat16 with LoRA (default: float32)")  # fmt: skip
+        "is autocast, on frozen weights of bfloat16 with LoRA, in litgpt of float32; in torchtune all is bfloat16, "
+        "what is trained too (default: float32)")  # fmt: skip
     add("--full", action="store_true", help="train all parameters, with 03_train_full.py")
     add("--variants", action="store_true", help="the recipe fast with one setting changed, too")
-    add("--profile", action="store_true", help="the last step of the bare loops by operation, to profile-*.txt")
+    add("--profile", action="store_true", help="the second step of the bare loops by operation, to profile-*.txt")
     add("--peers", action="store_true", help="other projects too; each environment takes up to 6 GB in --output_dir")
     add("--only", action="append", help="one of those above; may be repeated")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
@@ -99,6 +98,7 @@ if __name__ == "__main__":
 import torch
 import yaml
 from datasets import load_dataset
+from machine import describe_machine, format_machine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 GPU = torch.cuda.is_available()
@@ -164,8 +164,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     settings |= {"gpu": GPU, "eos_token": AutoTokenizer.from_pretrained(model).eos_token}
     settings |= {"max_length": args.max_length, "batch_size": args.batch_size}
     name = str((args.output_dir / "profile-{}.txt").resolve()) if args.profile else ""
-    plain = settings | {"profile": name.format("plain")} | {"bf16": short, "dtype": dtype}
-    like_fast = {"bf16": False, "dtype": "float32"}
+    plain = settings | {"profile": name.format("plain"), "bf16": short, "dtype": dtype, "attn_implementation": None}
+    like_fast = {"bf16": False, "dtype": "float32", "attn_implementation": None}
     like_fast |= {name: value for name, value in chosen.items() if name in like_fast}
     files = {"plain": plain, "fast": settings | like_fast | {"profile": name.format("fast")}}
     for name, content in files.items():
@@ -191,8 +191,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     if args.variants:
         for name, options in VARIANTS.items():
             if not (args.full and name == "4-bit weights"):  # which are not trained
-                short = like_fast["bf16"] and name != "float32"
-                commands[f"fast, {name}"] = ([*ours, "--config", fast, *options.split()], short)
+                command = [*ours, "--config", fast, *options.split()]
+                commands[f"fast, {name}"] = (command, like_fast["bf16"] and name != "float32")
     if args.peers:
         commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
     if unknown := set(args.only or []) - set(commands):
@@ -223,7 +223,8 @@ def measure(command: list, python: Path, folder: Path) -> dict | None:
     command = [str(part) for part in (python, BENCH / "timed.py", out, *command)]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "true"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    for name in ("run", "cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     if result.returncode == 0:
         return json.loads(out.read_text())
     print(f"failed: {' '.join(command)}\n{result.stderr[-2000:]}", file=sys.stderr)
@@ -241,6 +242,9 @@ def measure_matmul(dtype: torch.dtype) -> float:
         if GPU:
             torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    if GPU:
+        del a, b
+        torch.cuda.empty_cache()  # all of it is for those that are measured
     return best
 
 
@@ -271,33 +275,35 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
             {
                 "what": name,
                 "tokens_per_second": sum(lengths) / seconds,
+                "each_round": [sum(lengths) / sum(run["step_seconds"]) for run in each],
                 "samples_per_second": len(lengths) / seconds,
                 "step_seconds": {"10%": low, "median": middle, "90%": high},
                 "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
                 "mfu": flops / seconds / peak,
                 "mean_loss": statistics.mean(losses),
-                "first_step_at": statistics.median(run["first_step_at"] for run in each),
-                "runs": len(each),
+                "first_step_at": min(run["first_step_at"] for run in each),
             }
         )
     return table
 
 
 def write_table(table: list[dict]) -> str:
-    columns = ("what", "real tokens/s", "of the bare loop", "samples/s", "step, s: median (10 to 90 %)")
-    columns += ("peak memory, GiB", "MFU", "mean loss", "first step after, s")
-    bare = next((row["tokens_per_second"] for row in table if row["what"] == "bare loop"), None)
+    columns = ("what", "real tokens/s", "each round", "samples/s", "step, s: median (10 to 90 %)", "peak memory, GiB")
+    columns += ("MFU", "mean loss", "first step after, s")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for row in table:
         step = row["step_seconds"]
         cells = (
             row["what"],
             f"{row['tokens_per_second']:.0f}",
-            f"{row['tokens_per_second'] / bare:.2f}" if bare else "",
+            ", ".join(f"{speed:.0f}" for speed in row["each_round"]),
+            f"{row['samples_per_second']:.2f}",
+            f"{step['median']:.2f} ({step['10%']:.2f} to {step['90%']:.2f})",
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            f"{row['mfu']:.2f}",
+            f"{row['mean_loss']:.4f}",
+            f"{row['first_step_at']:.1f}",
         )
-        cells += (f"{row['samples_per_second']:.2f}", f"{step['median']:.2f} ({step['10%']:.2f} to {step['90%']:.2f})")
-        cells += (f"{row['peak_memory_bytes'] / 2**30:.2f}", f"{row['mfu']:.2f}", f"{row['mean_loss']:.4f}")
-        cells += (f"{row['first_step_at']:.1f}",)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -319,22 +325,20 @@ def draw(table: list[dict], file: Path) -> None:
 
 def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> None:
     table = summarize(runs, commands, lengths, flops, peaks)
-    device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    machine = {
-        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
-        "device": device if GPU else f"{device}, {torch.backends.cpu.get_cpu_capability()}",
+    machine = describe_machine() | {
         "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
-        "packages": {name: version(name) for name in PACKAGES},
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "rows": len(lengths),
         "real_tokens": sum(lengths),
     }
-    text = f"{len(lengths)} rows, {sum(lengths)} real tokens, batches of {args.batch_size}, {machine['device']}, "
+    text = f"{format_machine(machine)}\n{len(lengths)} rows, {sum(lengths)} real tokens, batches of {args.batch_size}, "
     text += ", ".join(f"{dtype} matmul {peak / 1e12:.3f} TFLOP/s" for dtype, peak in peaks.items())
-    text += f", torch {version('torch')}, {machine['date'][:10]}\n\n{write_table(table)}"
-    (args.output_dir / "speed.md").write_text(text)
-    (args.output_dir / "speed.json").write_text(json.dumps({"machine": machine, "table": table, "runs": runs}) + "\n")
-    draw(table, args.output_dir / "speed.png")
+    text += f"\n\n{write_table(table)}"
+    name = "speed-full" if args.full else "speed"
+    (args.output_dir / f"{name}.md").write_text(text)
+    content = {"machine": machine, "table": table, "runs": runs}
+    (args.output_dir / f"{name}.json").write_text(json.dumps(content) + "\n")
+    draw(table, args.output_dir / f"{name}.png")
     print(text, flush=True)
 
 

@@ -45,6 +45,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -614,14 +615,24 @@ class ResumableTrainer(SFTTrainer):
 
 
 class PlainLossTrainer(ResumableTrainer):
+    @cached_property
+    def needs_mask(self) -> bool:
+        """Whether attention needs the mask of the padding. Rows are padded on the right, where no token of a causal
+        model looks: without a mask attention computes the same, and is faster. But on an accelerator PyTorch has no
+        fused kernel in float32 without a mask for keys that several heads share, and would keep all scores.
+        """
+        short = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        causal = all(getattr(layer, "is_causal", True) for layer in self.model.modules())
+        return not causal or not (short or self.args.device.type == "cpu")
+
     def compute_loss(self, model, inputs: dict, *args, **kwargs):
         """The loss as Trainer computes it, where TRL's is no other: that of a mixture of experts has a part for their
-        balance. Rows are padded on the right, where no token of a causal model looks: without the mask attention
-        computes the same, and is faster.
+        balance.
         """
         if self.args.loss_type != "nll" or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if not self.needs_mask:
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
 
 
@@ -689,7 +700,9 @@ def peak_memory() -> int:
     """Bytes: the most that tensors took on the accelerator, else the most that this process took."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":  # not ru_maxrss, which begins with what the process took that began this one
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def main() -> None:

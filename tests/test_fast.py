@@ -1,6 +1,8 @@
 """The recipe fast: what is chosen where, that it learns the same, and that packed rows do not see each other."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -204,6 +206,44 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
 
 
 @pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "options", "causal", "masked"),
+    [
+        ("cpu", "float32", {}, True, False),
+        ("cuda", "float32", {}, True, True),  # no fused kernel for keys that heads share
+        ("cuda", "float32", {"bf16": True}, True, False),
+        ("cuda", "bfloat16", {}, True, False),
+        ("cpu", "float32", {}, False, True),  # tokens look at the padding
+        ("cuda", "float32", {"bf16": True}, False, True),
+    ],
+)
+def test_the_mask_is_left_out_where_that_changes_nothing(
+    trainer, device, dtype, options, causal, masked, tiny_model, tmp_path, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    model.model.layers[0].self_attn.is_causal = causal
+    rows = Dataset.from_dict({"text": ["what color is a", "what color is a b"]})
+    settings = SFTConfig(output_dir=str(tmp_path), report_to="none", **{"bf16": False, "use_cpu": True} | options)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trainer = load(trainer).PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    (batch,), seen = trainer.get_train_dataloader(), []
+    monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs: seen.append(set(inputs)))
+    trainer.compute_loss(model, batch)
+    assert seen == [set(batch) - (set() if masked else {"attention_mask"})] and "attention_mask" in batch
+
+
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+def test_the_peak_memory_is_that_of_the_process_and_not_of_its_parent(trainer):
+    source = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from conftest import load; "
+    source += f"print(load({trainer!r}).peak_memory())"
+    parent = "import subprocess, sys; held = b'1' * 2**31; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", parent, source], capture_output=True, text=True, env=environment)
+    assert 2**27 < int(result.stdout) < 2**31, result.stderr
+
+
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
 def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a" + " b" * 20]})
     config = MixtralConfig(
@@ -226,7 +266,7 @@ def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
 def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
     texts = ["what color is a" + " b" * number for number in range(30, 42)]
     write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
-    names = ["bare loop", "script, fast", "trl sft"]
+    names = ["bare loop", "script, fast", "trl sft", "tutorial", "Trainer"]
     command = ["--model", tiny_model, "--data", "rows.jsonl", "--rows", "12", "--max_length", "40", "--rounds", "1"]
     command += ["--output_dir", "bench", *(part for name in names for part in ("--only", name))]
     result = run(ROOT / "bench/train_speed.py", *command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
@@ -241,8 +281,10 @@ def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
         (once,) = report["runs"][name]
         assert len(once["step_seconds"]) == len(once["losses"]) == 3
         assert row["tokens_per_second"] == pytest.approx(tokens / sum(once["step_seconds"]))
+        assert once["packages"]["torch"] == report["machine"]["packages"]["torch"]
         assert 0 < row["mfu"] < 1 and once["first_step_at"] > 0 and once["peak_memory_bytes"] > 2**27
-    assert table["script, fast"]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=0.01)
+    for name, difference in (("script, fast", 0.01), ("tutorial", 1e-4), ("Trainer", 1e-4)):  # the same arithmetic
+        assert table[name]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=difference)
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
 
 

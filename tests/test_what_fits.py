@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, load, run, write_rows
 from fake_machine import Machine, torch_for
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 script = load("00_check_gpu.py")
@@ -98,6 +99,21 @@ def test_activations_are_what_autograd_keeps(method, dtype, autocast, dropout, t
         predicted += 2 * (counts["adapter"] if method == "lora" else 0)
         predicted += 2 * counts["quantizable"] if dtype == "float32" else 0
     assert predicted == pytest.approx(kept, rel=0.005)
+
+
+def test_where_heads_share_keys_an_accelerator_keeps_the_scores_in_float32():
+    batch, length = 4, 40
+    arguments = (batch, length, {}, "full", torch.float32, False, 0.0, ALL)
+    with sdpa_kernel(SDPBackend.MATH):  # all that ROCm has for that
+        kept = kept_by_autograd(3, *arguments) - kept_by_autograd(2, *arguments)
+    shared, own = (
+        script.predict_memory(
+            LlamaConfig(**SIZES | heads, num_hidden_layers=1).to_dict(), "full",
+            settings(per_device_train_batch_size=batch), length, "gpu",
+        )["activations"]
+        for heads in ({}, {"num_key_value_heads": 4})
+    )  # fmt: skip
+    assert shared == pytest.approx(kept, rel=0.01) and own < 0.95 * shared
 
 
 def test_packed_rows_are_counted_as_the_one_row_that_they_become(tmp_path):

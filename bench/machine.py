@@ -1,0 +1,39 @@
+"""What a measurement was made on: the machine, the versions of the packages and the commit."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+
+
+def describe_machine() -> dict:
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "cpu": f"{cpu[1] if cpu else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "rocm": torch.version.hip,
+        "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in PACKAGES},
+        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+    }
+
+
+def format_machine(machine: dict) -> str:
+    """The same in a line, for the head of a table."""
+    device = machine["cpu"] if machine["device"] == "CPU" else machine["device"]
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "trl"))
+    return f"{device}, {machine['threads']} threads, {memory}, {packages}, {machine['date'][:10]}"
