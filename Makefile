@@ -299,21 +299,23 @@ define predict
 		)$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
 		$(call config,$(1),$(2)) $(call args,train-$(1))
 endef
-$(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(if $(wildcard $(OUT)/lora/run.json),,FORCE)
+chooser = $(if $(fast),scripts/choose_fast.py)
+chosen = $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(fast),$(wildcard $(OUT)/check/fast-$(1).yaml),done))
+$(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(chooser) $(if $(call chosen,lora),,FORCE)
 	$(call predict,lora,$(recipe_file))
-$(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json $(if $(wildcard $(OUT)/full/run.json),,FORCE)
+$(OUT)/check/memory-full.json: $(OUT)/dataset/audit-full.json $(chooser) $(if $(call chosen,full),,FORCE)
 	$(call predict,full,$(recipe_full))
 
 # A training is begun in the place of the shell, so that it gets the signals.
 restart = $(if $(filter 1,$(RESTART)),$(if $(filter tutorial train-$(1),$(MAKECMDGOALS)),$(2)))
 data = --dataset_name $(OUT)/dataset $$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
-$(OUT)/lora/run.json: scripts/02_train_lora.py $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora \
+$(OUT)/lora/run.json: scripts/02_train_lora.py $(chooser) $(OUT)/dataset/audit.json $(recipe_file) $(OUT)/.args/recipe $(OUT)/.args/train-lora \
 		$(call restart,lora,FORCE) | $(OUT)/check/memory-lora.json
 	exec $(PY) scripts/02_train_lora.py --model_name_or_path $(OUT)/base-model $(data) $(call config,lora,$(recipe_file)) \
 		--memory_prediction $(OUT)/check/memory-lora.json --output_dir $(OUT)/lora $(call restart,lora,--restart true) \
 		$(call args,train-lora)
 
-$(OUT)/full/run.json: scripts/03_train_full.py $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full \
+$(OUT)/full/run.json: scripts/03_train_full.py $(chooser) $(OUT)/dataset/audit-full.json $(recipe_full) $(OUT)/.args/recipe $(OUT)/.args/train-full \
 		$(call restart,full,FORCE) | $(OUT)/check/memory-full.json
 	exec $(PY) scripts/03_train_full.py --model_name_or_path $(OUT)/base-model $(data) $(call config,full,$(recipe_full)) \
 		--memory_prediction $(OUT)/check/memory-full.json --output_dir $(OUT)/full $(call restart,full,--restart true) \

@@ -357,7 +357,7 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
 
 
 def has_bf16() -> bool:
-    """Whether the hardware computes in bfloat16 itself: where it is emulated, float32 is faster."""
+    """Whether the hardware computes in bfloat16, not an emulation, which is slow. PyTorch says so of every AMD GPU."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -18,6 +18,7 @@ import argparse
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +43,7 @@ import torch
 
 
 def has_bf16() -> bool:
-    """Whether the hardware computes in bfloat16 itself: where it is emulated, float32 is faster."""
+    """Whether the hardware computes in bfloat16, not an emulation, which is slow. PyTorch says so of every AMD GPU."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -59,7 +60,7 @@ def choose(method: str) -> dict[str, tuple]:
             chosen["dtype"] = ("bfloat16", "of the frozen weights; the adapter is trained in float32")
         if not gpu:
             chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
-    if "bf16" in chosen and gpu and find_spec("flash_attn"):
+    if "bf16" in chosen and gpu and list(distributions(name="flash-attn")):  # not flash-attn-4, of the same module
         chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
     if gpu and find_spec("liger_kernel") and find_spec("triton"):
         chosen["use_liger_kernel"] = (True, "norms, MLP and rotary positions in one kernel each: Liger is installed")
@@ -77,8 +78,11 @@ def list_attempts() -> list[dict[str, tuple]]:
 
 
 def format_recipe(base: str, chosen: dict[str, tuple]) -> str:
-    """The lines of base, but for those of the settings that are chosen, and then these."""
-    lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({'|'.join(chosen)})[ \t]*:.*\n?", "", base).splitlines()]
+    """The lines of base, but for those of the settings that are chosen, and then these. Its own attention stays."""
+    if re.search(r"(?m)^attn_implementation[ \t]*:", base):
+        chosen = {name: value for name, value in chosen.items() if name != "attn_implementation"}
+    others = "|".join([*chosen, "fp16"] if "bf16" in chosen else chosen)
+    lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({others})[ \t]*:.*\n?", "", base).splitlines()]
     lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
     lines += [f"{name}: {str(value).lower()}  # {reason}" for name, (value, reason) in chosen.items()]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/tutorial.md", "docs/rocm.md", "docs/reliability.md")
+    for name in ("README.md", *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance")))
 }
 
 

@@ -24,10 +24,11 @@ def machine(monkeypatch, gpu: bool, bf16: bool, packages: tuple = ()) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setattr(script, "find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr(script, "distributions", lambda name: [name] * (name in packages))
 
 
 def chosen(method: str) -> dict:
-    return {name: value for name, (value, reason) in script.choose(method).items() if reason}
+    return {name: value for name, (value, reason) in script.choose(method).items()}
 
 
 def test_what_is_chosen_on_which_machine(monkeypatch):
@@ -40,11 +41,13 @@ def test_what_is_chosen_on_which_machine(monkeypatch):
     assert chosen("full") == on_cpu  # the weights that are trained stay float32
     machine(monkeypatch, gpu=True, bf16=True)
     assert chosen("lora") == fused | {"bf16": True, "dtype": "bfloat16"}
-    machine(monkeypatch, gpu=True, bf16=True, packages=("flash_attn", "liger_kernel", "triton"))
+    machine(monkeypatch, gpu=True, bf16=True, packages=("flash-attn", "liger_kernel", "triton"))
     flash = {"attn_implementation": "flash_attention_2", "use_liger_kernel": True}
     assert chosen("full") == fused | {"bf16": True} | flash
-    machine(monkeypatch, gpu=True, bf16=False, packages=("liger_kernel", "flash_attn"))
-    assert chosen("lora") == fused  # FlashAttention has no float32
+    machine(monkeypatch, gpu=True, bf16=False, packages=("flash-attn", "liger_kernel", "triton"))
+    assert chosen("lora") == fused | {"use_liger_kernel": True}  # FlashAttention has no float32
+    machine(monkeypatch, gpu=True, bf16=False, packages=("liger_kernel",))
+    assert chosen("lora") == fused
 
 
 def test_the_other_settings_of_the_recipe_stay(tmp_path):
@@ -56,6 +59,15 @@ def test_the_other_settings_of_the_recipe_stay(tmp_path):
         expected = {name: value for name, (value, _) in script.choose(method).items()}
         assert written == yaml.safe_load(base.read_text()) | expected
         assert all(f"{name} {value}" in result.stdout for name, value in expected.items())
+
+
+def test_what_would_contradict_the_recipe_is_not_chosen():
+    base = "fp16: true\nattn_implementation: eager\nlora_r: 8\n"
+    bf16, attention = ("bf16", (True, "reason")), ("attn_implementation", ("flash_attention_2", "reason"))
+    written = [yaml.safe_load(script.format_recipe(base, dict(each))) for each in ([bf16, attention], [attention])]
+    rest = {"attn_implementation": "eager", "lora_r": 8}
+    assert written == [rest | {"bf16": True}, rest | {"fp16": True}]  # the trainer refuses both at once
+    assert yaml.safe_load(script.format_recipe("lora_r: 8\n", dict([attention])))["attn_implementation"] != "eager"
 
 
 def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):

@@ -28,7 +28,10 @@ case "$*" in
         mkdir -p "$out"
         printf '%s\\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full > "$out/reproduce.txt"
         echo '{}' > "$out/reproduce.yaml" ;;
-    *--output*) mkdir -p "$(dirname "$out")"; echo '{}' > "$out" ;;
+    *--output*)
+        for i in "${!args[@]}"; do  # of choose_fast there are two
+            [ "${args[i]}" != --output ] || { mkdir -p "$(dirname "${args[i+1]}")"; echo '{}' > "${args[i+1]}"; }
+        done ;;
 esac
 """
 VARIABLES = (
@@ -517,6 +520,12 @@ def test_the_recipe_fast_is_chosen_for_the_machine_before_a_training(project):
         project.make("train-lora", "RECIPE=fast", *options)
         choose = next(command for command in project.commands() if "choose_fast" in command)
         assert (" --keep -- " in choose) == kept  # what a training that was interrupted began with
+    (project.folder / "outputs/check/fast-lora.yaml").unlink()
+    project.make("train-lora", "RECIPE=fast")
+    assert project.steps() == ["choose_fast"]
+    (project.folder / "scripts/choose_fast.py").touch()
+    project.make("train-lora", "RECIPE=fast")
+    assert {"choose_fast", "02_train_lora"} <= set(project.steps())
     project.make("train-full", "RECIPE=fast")
     assert any("--method full --config env/recipes/embedded-full.yaml" in command for command in project.commands())
     assert " --config outputs/check/fast-full.yaml " in next(line for line in project.commands() if "03_train" in line)
