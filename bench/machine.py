@@ -14,12 +14,13 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 
 
 def describe_machine() -> dict:
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    cpu = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*: (.+)", Path("/proc/cpuinfo").read_text()))
+    name = ", ".join(f"{key} {value}" for key, value in cpu.items()) or platform.machine()
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cpu": f"{cpu[1] if cpu else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
