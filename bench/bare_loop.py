@@ -5,7 +5,7 @@
 The same model, LoRA layers or none, rows, order of lengths and number of real tokens in a batch as the others, but each
 batch is cut from the running tokens of its rows, so that nothing is padded; nothing is done but forward, backward,
 clipping and a fused AdamW step. Precision and attention: the settings bf16, dtype and attn_implementation. The second
-batch, one of the longest, is profiled where there is a file for that: profile.
+batch is profiled where there is a file for that: profile.
 """
 
 import json

@@ -43,7 +43,8 @@ def timed(model, *args, **kwargs):
     synchronize()
     found["seconds"] += time.perf_counter() - begin
     new = outputs[:, kwargs["input_ids"].shape[1] :]
-    ends = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device))
+    eos = model.generation_config.eos_token_id
+    ends = torch.isin(new, torch.tensor(-1 if eos is None else eos, device=new.device))
     found["tokens"] += (ends.cumsum(1) - ends.long() == 0).sum().item()  # what follows the first EOS is padding
     return outputs
 

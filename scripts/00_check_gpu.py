@@ -653,9 +653,9 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
     activations  What autograd keeps of a layer of transformers' Llama, with attention that does not keep its scores.
                  The method is that of arXiv 2205.05198, section 4; a test counts the values:
                    N (4 (2h + 2 + H) + b (2q + 2v + 3i))       norms, attention, MLP; v: size of keys, of values
-                   N b (2q - 2v + L) with token_metrics, and in fp32 on an accelerator, for the mask, and keys and
-                   values of every head; with packing N b (2q - 2v + N), for all rows of the batch are one; in fp32
-                   on an accelerator N b (2q - 2v + H L) where heads share keys, for there the scores are kept
+                   N b (2q - 2v + L) with token_metrics, for the mask, and keys and values of every head; with
+                   packing N b (2q - 2v + N), for all rows of the batch are one; in fp32 on an accelerator
+                   N b (2q - 2v + H L) where heads share keys, for in a batch without padding the scores are kept
                    full: N (8h + b (2h + i)), under autocast N (8h + b (5h + i)), a copy for each linear layer
                    LoRA: N r b a target, and of its input of size n: n b, once for several targets that read the same;
                    n 4 each on bf16 weights without autocast; with dropout n b each and a mask of n (4 on the CPU)
@@ -690,11 +690,11 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
 
     value = counts["value"]
     layer = 4 * (2 * hidden + 2 + heads) + b * (2 * query + 2 * value + 3 * inner)
-    plain_fp32 = where == "gpu" and b == 4  # what has the fewest kernels
+    scores = where == "gpu" and b == 4 and query != value
     if settings["packing"]:
         layer += b * (2 * query - 2 * value + n)
-    elif settings["token_metrics"] or plain_fp32:
-        layer += b * (2 * query - 2 * value + (heads if plain_fp32 and query != value else 1) * tokens)
+    elif settings["token_metrics"] or scores:
+        layer += b * (2 * query - 2 * value + (heads if scores else 1) * tokens)
     if not lora:
         layer += 8 * hidden + b * ((5 if autocast else 2) * hidden + inner)
     else:

@@ -357,7 +357,7 @@ def format_rows(rows: Dataset, tokenizer) -> Dataset:
 
 
 def has_bf16() -> bool:
-    """Whether the hardware computes in bfloat16, not an emulation, which is slow. PyTorch says so of every AMD GPU."""
+    """Whether the hardware itself computes in bfloat16, and fast. For any AMD GPU PyTorch answers that it does."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -642,11 +642,14 @@ class PlainLossTrainer(ResumableTrainer):
     def needs_mask(self) -> bool:
         """Whether attention needs the mask of the padding. Rows are padded on the right, where no token of a causal
         model looks: without a mask attention computes the same, and is faster. But on an accelerator PyTorch has no
-        fused kernel in float32 without a mask for keys that several heads share, and would keep all scores.
+        fused kernel in float32 without a mask for keys that several heads share, and keeps all scores; transformers
+        makes it do so in a batch without padding.
         """
+        if not all(getattr(layer, "is_causal", True) for layer in self.model.modules()):
+            return True
+        shared = any((getattr(layer, "num_key_value_groups", 1) or 1) > 1 for layer in self.model.modules())
         short = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        causal = all(getattr(layer, "is_causal", True) for layer in self.model.modules())
-        return not causal or not (short or self.args.device.type == "cpu")
+        return shared and not short and self.args.device.type != "cpu"
 
     def compute_loss(self, model, inputs: dict, *args, **kwargs):
         """The loss as Trainer computes it, where TRL's is no other: that of a mixture of experts has a part for their
@@ -717,9 +720,11 @@ def peak_memory() -> int:
     """Bytes: the most that tensors took on the accelerator, else the most that this process took."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":  # not ru_maxrss, which begins with what the process took that began this one
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    status = Path("/proc/self/status")
+    if status.is_file() and (most := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return int(most[1]) * 1024
+    # This begins with what the process took that began this one.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ import torch
 
 
 def has_bf16() -> bool:
-    """Whether the hardware computes in bfloat16, not an emulation, which is slow. PyTorch says so of every AMD GPU."""
+    """Whether the hardware itself computes in bfloat16, and fast. For any AMD GPU PyTorch answers that it does."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -78,9 +78,7 @@ def list_attempts() -> list[dict[str, tuple]]:
 
 
 def format_recipe(base: str, chosen: dict[str, tuple]) -> str:
-    """The lines of base, but for those of the settings that are chosen, and then these. Its own attention stays."""
-    if re.search(r"(?m)^attn_implementation[ \t]*:", base):
-        chosen = {name: value for name, value in chosen.items() if name != "attn_implementation"}
+    """The lines of base, but for those of the settings that are chosen, and then these."""
     others = "|".join([*chosen, "fp16"] if "bf16" in chosen else chosen)
     lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({others})[ \t]*:.*\n?", "", base).splitlines()]
     lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
@@ -94,7 +92,10 @@ def main() -> None:
         base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
-    attempts = [choose(args.method) | less for less in list_attempts()]
+    chosen = choose(args.method)
+    if re.search(r"(?m)^attn_implementation[ \t]*:", base):
+        chosen.pop("attn_implementation", None)  # the recipe's own stays
+    attempts = [chosen | less for less in list_attempts()]
     if args.keep and args.output.is_file():
         old = args.output.read_text(encoding="utf-8")
         attempts = [chosen for chosen in attempts if format_recipe(base, chosen) == old] or attempts
