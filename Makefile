@@ -299,6 +299,7 @@ define predict
 		)$(PY) scripts/00_check_gpu.py --model $(OUT)/base-model --method $(1) --audit $< $(if $(filter 1,$(FORCE)),--force) --output $@ -- \
 		$(call config,$(1),$(2)) $(call args,train-$(1))
 endef
+# What writes the recipe fast is a script of the training too; where that recipe is missing it is written again.
 chooser = $(if $(fast),scripts/choose_fast.py)
 chosen = $(and $(wildcard $(OUT)/$(1)/run.json),$(if $(fast),$(wildcard $(OUT)/check/fast-$(1).yaml),done))
 $(OUT)/check/memory-lora.json: $(OUT)/dataset/audit.json $(chooser) $(if $(call chosen,lora),,FORCE)
