@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine, format_machine
+from machine import check_model, describe_machine, format_machine, name_model
 
 BENCH = Path(__file__).resolve().parent
 SCRIPTS = BENCH.parent / "scripts"
@@ -114,8 +114,15 @@ def main() -> None:
     add("--prepared_rows", type=int, nargs="+", default=[200, 2000, 20000], help="of the last of --lengths")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
     args = parser.parse_args()
-    rows = map(json.loads, args.data.read_text(encoding="utf-8").splitlines())
-    parts = itertools.cycle([turn["content"] for row in rows for turn in row["prompt"] + row["completion"]])
+    check_model(args.model, "bench-growth")
+    if min(*args.rows, *args.lengths, *args.prepared_rows) < 1:
+        sys.exit("error: --rows, --lengths and --prepared_rows are at least 1 each.")
+    try:
+        rows = map(json.loads, args.data.read_text(encoding="utf-8").splitlines())
+        turns = [turn["content"] for row in rows for turn in row["prompt"] + row["completion"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {args.data} has no rows in chat form: {error!r}. Give others: --data data/train.jsonl")
+    parts = itertools.cycle(turns)
     # Parts are joined, so that each text is longer than the longest cut: a token has at most 8 characters on average.
     texts = []
     while len(texts) < 200:
@@ -136,7 +143,7 @@ def main() -> None:
                 found = measure([*data, "--dataset_name", write_rows(texts, count, folder)], folder)
             points[index] = {"rows": count, "length": length, "tokens": count * length, **found}
             print(name, points[index], flush=True)
-    machine = describe_machine()
+    machine = describe_machine(name_model(args.model))
     text = f"{format_machine(machine)}\n\n{write_table(series['rows'] + series['length'], TRAINED)}\n"
     text += write_table(series["preparation"], PREPARED)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
 
 The tutorial's values, rows and lengths, by the project's own means. What it has no setting for stays as it is: litgpt
 and torchtune take the rows at random, and litgpt clips no gradients and scales its learning rate down along a cosine.
+On an accelerator its float32 is TF32.
 """
 
 import json
@@ -141,7 +142,11 @@ def train_torchtune(settings: dict, out: Path) -> None:
     recipe = dict(
         output_dir=str(out / "run"),
         model={"_component_": f"torchtune.models.llama3_2._component_builders.{kind}", **shape},
-        tokenizer={"_component_": "peers.make_tokenizer", "folder": str(model), "max_seq_len": settings["max_length"]},
+        tokenizer={
+            "_component_": "peers.make_tokenizer",
+            "folder": str(model),
+            "max_seq_len": settings["max_length"] + 1,
+        },
         checkpointer={
             "_component_": "torchtune.training.FullModelHFCheckpointer",
             "checkpoint_dir": str(model),

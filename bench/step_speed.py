@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_machine, format_machine
+from machine import check_model, describe_machine, format_machine, name_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -94,8 +94,9 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="how often each is run (default: 3)")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of steps.json and steps.md")
     args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        sys.exit(f"error: no model in {args.model}. Type: make bench-steps, or give a folder: --model FOLDER")
+    check_model(args.model, "bench-steps")
+    if min(args.rounds, args.max_new_tokens) < 1:
+        sys.exit("error: --rounds and --max_new_tokens are at least 1.")
     rounds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as name:
@@ -115,7 +116,7 @@ def main() -> None:
         speed = f"{statistics.median(speeds):.1f}" if speeds else ""
         seconds = median("process") or median("seconds")
         lines.append(f"| {what} | {seconds} | {median('first_token_at')} | {speed} | {median('disk')} |")
-    machine = describe_machine()
+    machine = describe_machine(name_model(args.model))
     head = f"{format_machine(machine)}, {args.rounds} rounds"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     text = head + "\n\n" + "\n".join(lines) + "\n"

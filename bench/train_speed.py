@@ -17,11 +17,13 @@ tutorial            the tutorial's snippets (tutorial_snippet.py)
 Trainer             transformers' own Trainer with the tutorial's values (plain_trainer.py)
 LLaMA-Factory, litgpt, torchtune    with --peers, each in an environment of its own, which is made here
 
-Each runs in a process of its own, in turn, --rounds times. Real tokens are those of the rows, each cut at --max_length;
-padding is never counted. tokens/s is real tokens over the time from the first forward pass to the last step: what is
-compiled in the first step counts, so give enough rows. The rows are tokenized anew each time, and the time to the first
-step is the least of the rounds: what runs first reads its files from the disk. Memory of an accelerator is PyTorch's:
-where it is paged, the state of the optimizer is not in it.
+Each runs in a process of its own, in turn, --rounds times, every other time in reverse. None saves a checkpoint; what
+is made and trained lies in the temporary folder (TMPDIR) until the end: with --size llama2-7b 14 GB, with --full 27 GB
+more. Real tokens are those of the rows, each cut at --max_length; padding is never counted. tokens/s is real tokens
+over the time from the first forward pass to the last step: what is compiled in the first step counts, so give enough
+rows. The rows are tokenized anew each time, and the time to the first step is the least of the rounds: what runs first
+reads its files from the disk. Memory of an accelerator is PyTorch's: where it is paged, the state of the optimizer is
+not in it.
 MFU (model FLOPs utilisation) is the share of the matmul peak that the model's arithmetic takes: the most that a product
 of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16 where it multiplies in that. For a
 token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x query size x
@@ -50,7 +52,7 @@ PEERS = {
 }
 TUTORIAL = """--learning_rate 4e-5 --weight_decay 0.001 --max_grad_norm 0.3 --warmup_steps 0.03
 --optim paged_adamw_32bit --lr_scheduler_type constant --train_sampling_strategy group_by_length
---gradient_checkpointing false --save_steps 50 --logging_steps 50 --report_to tensorboard""".split()
+--gradient_checkpointing false --logging_steps 50 --report_to tensorboard""".split()
 VARIANTS = {
     "float32": "--bf16 false --dtype float32 --attn_implementation sdpa",
     "paged_adamw_32bit": "--optim paged_adamw_32bit",
@@ -98,7 +100,7 @@ if __name__ == "__main__":
 import torch
 import yaml
 from datasets import load_dataset
-from machine import describe_machine, format_machine
+from machine import check_model, describe_machine, format_machine, name_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 GPU = torch.cuda.is_available()
@@ -111,8 +113,14 @@ SIZES = {
 def read_texts(args) -> list[str]:
     """The first rows as texts that end with EOS, as TRL would end them."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    kind = Path(args.data).suffix[1:].replace("jsonl", "json")
-    rows = load_dataset(kind, data_files=args.data, split="train") if kind else load_dataset(args.data, split="train")
+    data = Path(args.data)
+    kind = "" if data.is_dir() else data.suffix[1:].replace("jsonl", "json")
+    source = {"path": kind, "data_files": args.data} if kind else {"path": args.data}
+    try:
+        rows = load_dataset(**source, split="train")
+    except Exception as error:  # each kind of file raises its own
+        text = " ".join(str(error).split())[:300]
+        sys.exit(f"error: no rows in {data}: {text}. Give a .jsonl, .json, .csv or .parquet file, or a folder: --data")
     count = min(args.rows, len(rows)) // args.batch_size * args.batch_size
     if not count or not {"text", "prompt"} & set(rows.column_names):
         sys.exit(f"error: {args.data} has fewer rows than a batch, or neither text nor prompt and completion.")
@@ -173,6 +181,7 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
 
     common = ["--model_name_or_path", model, "--output_dir", folder / "run", "--max_length", args.max_length]
     common += ["--per_device_train_batch_size", args.batch_size, "--num_train_epochs", 1]
+    common += ["--save_strategy", "no"]
     ours = [script, *common, "--dataset_name", rows]
     trl = ["trl.scripts.sft", *common, "--dataset_name", rows.parent, "--dtype", dtype, *([] if args.full else LORA)]
     on_cpu = [] if GPU else ["--use_cpu", "true"]
@@ -251,12 +260,16 @@ def measure_matmul(dtype: torch.dtype) -> float:
 def count_flops(model: Path, lengths: list[int], full: bool) -> float:
     """Floating-point operations of forward and backward over rows of these lengths; see the docstring of this file."""
     config = AutoConfig.from_pretrained(model)
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    query, value = heads * head, config.num_key_value_heads * head
-    base = layers * (2 * hidden * (query + value) + 3 * hidden * config.intermediate_size) + hidden * config.vocab_size
-    adapter = 0 if full else layers * 64 * (hidden + query + hidden + value)  # on q_proj and v_proj
-    attention = sum(2 * layers * query * length * length for length in lengths)  # 4 L^2 of which half is masked
+    with torch.device("meta"):
+        modules = [*AutoModelForCausalLM.from_config(config).named_modules()]
+    weights = [(part, weight) for _, part in modules for weight in part.parameters(recurse=False) if weight.dim() == 2]
+    base = sum(weight.numel() for part, weight in weights if not isinstance(part, torch.nn.Embedding))
+    targets = [part for name, part in modules if name.endswith((".q_proj", ".v_proj"))]
+    adapter = 0 if full else sum(64 * (part.in_features + part.out_features) for part in targets)
+    heads = config.num_attention_heads
+    query = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # 4 L^2 of which half is masked
+    attention = sum(2 * config.num_hidden_layers * query * length * length for length in lengths)
     return sum(lengths) * (4 * (base + adapter) + 2 * (base if full else adapter)) + 3 * attention
 
 
@@ -325,7 +338,8 @@ def draw(table: list[dict], file: Path) -> None:
 
 def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> None:
     table = summarize(runs, commands, lengths, flops, peaks)
-    machine = describe_machine() | {
+    name = name_model(args.model) if args.size == "embedded" else f"{args.size}, random weights"
+    machine = describe_machine(name) | {
         "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "rows": len(lengths),
@@ -344,9 +358,10 @@ def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, p
 
 def main() -> None:
     args = parse_arguments()
+    check_model(args.model, "bench")
+    if min(args.rows, args.max_length, args.batch_size, args.rounds) < 1:
+        sys.exit("error: --rows, --max_length, --batch_size and --rounds are at least 1.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if not (args.model / "config.json").is_file():
-        sys.exit(f"error: no model in {args.model}. Type: make bench, or give a folder: --model FOLDER")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "rows").mkdir()
@@ -362,19 +377,26 @@ def main() -> None:
         }
         runs = {what: [] for what in commands}
         flops, peaks = count_flops(model, lengths, args.full), {}
+        steps, failed = len(texts) // args.batch_size, set()
         for number in range(args.rounds):
-            for what, (command, _) in commands.items():
-                if pythons[what] and (run := measure(command, pythons[what], folder)):
-                    runs[what].append(run)
-                    speed = sum(lengths) / sum(run["step_seconds"])
-                    print(f"round {number + 1}: {what} {speed:.1f} tokens/s", flush=True)
-                else:
-                    pythons[what] = None  # not again
+            for what in [*commands][:: -1 if number % 2 else 1]:
+                if not pythons[what] or what in failed:
+                    continue
+                run = measure(commands[what][0], pythons[what], folder)
+                if run and len(run["step_seconds"]) != steps and what != "fast, packing":
+                    print(f"failed: {what} made {len(run['step_seconds'])} steps, not {steps}", file=sys.stderr)
+                    run = None
+                if not run:
+                    failed.add(what)
+                    continue
+                runs[what].append(run)
+                speed = sum(lengths) / sum(run["step_seconds"])
+                print(f"round {number + 1}: {what} {speed:.1f} tokens/s", flush=True)
             for name in ("float32", "bfloat16"):  # the most of all rounds: a machine is not always as fast
                 peaks[name] = max(peaks.get(name, 0), measure_matmul(getattr(torch, name)))
             report(args, {what: each for what, each in runs.items() if each}, commands, lengths, flops, peaks)
-    if not any(runs.values()) or not all(each for what, each in runs.items() if what not in PEERS):
-        sys.exit("error: what is named above failed.")
+    if failed or not any(runs.values()):
+        sys.exit(f"error: {', '.join(sorted(failed or runs))} failed, for the reason above.")
 
 
 if __name__ == "__main__":

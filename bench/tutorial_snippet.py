@@ -4,6 +4,7 @@
 
 warmup_ratio is warmup_steps now, group_by_length is train_sampling_strategy, max_seq_length is max_length in SFTConfig.
 What SFTConfig would set otherwise than TrainingArguments did is set back. PEFT wraps the model once, not twice.
+No checkpoint is saved, as in none of what is measured.
 """
 
 import json
@@ -30,7 +31,7 @@ training_arguments = SFTConfig(
     per_device_train_batch_size=settings["batch_size"],
     gradient_accumulation_steps=1,
     optim="paged_adamw_32bit",
-    save_steps=50,
+    save_strategy="no",
     logging_steps=50,
     learning_rate=4e-5,
     weight_decay=0.001,

@@ -804,12 +804,15 @@ def read_config(model: str, timeout: float) -> dict:
     return answer["facts"]["config"]
 
 
-def list_savings(method: str, settings: dict) -> list[dict]:
+def list_savings(method: str, settings: dict, where: str) -> list[dict]:
     """Changes of the settings that save memory, those that cost least first."""
     recompute, short = {"gradient_checkpointing": True}, {"dtype": "bfloat16"}
+    chunks = {"token_metrics": True}  # on the CPU they take more
     batches = [settings["per_device_train_batch_size"] // 2**power for power in range(1, 20)]
     smaller = [{"per_device_train_batch_size": batch} for batch in batches if batch]
     changes = [recompute, *smaller, *(recompute | change for change in smaller)]
+    if where == "gpu" and not settings["token_metrics"]:
+        changes = [chunks, recompute, recompute | chunks, *changes[1:]]
     return changes + ([recompute | change | short for change in smaller[-1:]] if method == "lora" else [])
 
 
@@ -829,7 +832,7 @@ def judge_memory(prediction: dict, config: dict, where: str, name: str, memory: 
     def would_fit(method: str, change: dict) -> bool:
         return fits(predict_memory(config, method, settings | change, tokens, where)["peak"], where, memory)
 
-    for change in list_savings(method, settings):
+    for change in list_savings(method, settings, where):
         if would_fit(method, change):
             return [Finding("error", cause, f"add the option {write_options(change)}   {force}")]
     if would_fit("lora", QLORA):
@@ -911,7 +914,7 @@ def what_fits(args: argparse.Namespace) -> int:
         if args.method and predictions:  # for whom the memory runs out all the same
             sizes = {
                 write_options(change): predict_memory(config, method, settings | change, tokens, where)["peak"]
-                for change in list_savings(method, settings)
+                for change in list_savings(method, settings, where)
             }
             most = predictions[0]["bytes"]["peak"]
             report["smaller"] = [{"options": name, "bytes": size} for name, size in sizes.items() if size < most]

@@ -643,13 +643,16 @@ class PlainLossTrainer(ResumableTrainer):
         """Whether attention needs the mask of the padding. Rows are padded on the right, where no token of a causal
         model looks: without a mask attention computes the same, and is faster. But on an accelerator PyTorch has no
         fused kernel in float32 without a mask for keys that several heads share, and keeps all scores; transformers
-        makes it do so in a batch without padding.
+        makes it do so in a batch without padding. NVIDIA's before Ampere have none in half precision either.
         """
-        if not all(getattr(layer, "is_causal", True) for layer in self.model.modules()):
+        text = self.model.config.get_text_config()
+        if not all(getattr(part, "is_causal", True) for part in (text, *self.model.modules())):
             return True
         shared = any((getattr(layer, "num_key_value_groups", 1) or 1) > 1 for layer in self.model.modules())
-        short = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        return shared and not short and self.args.device.type != "cpu"
+        fused = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        if self.args.device.type == "cuda" and not torch.version.hip:
+            fused = fused and torch.cuda.get_device_capability() >= (8, 0)
+        return shared and not fused and self.args.device.type != "cpu"
 
     def compute_loss(self, model, inputs: dict, *args, **kwargs):
         """The loss as Trainer computes it, where TRL's is no other: that of a mixture of experts has a part for their
@@ -685,6 +688,8 @@ def explain_memory(error: Exception, report: dict, args: SFTConfig) -> None:
     if not smaller:
         batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
         smaller = ["--gradient_checkpointing true", f"--max_length {(args.max_length or 1024) // 2}"]
+        if torch.cuda.is_available():
+            smaller.insert(0, "--token_metrics true")
         if batch > 1:
             smaller.insert(0, f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {steps * 2}")
     fail(f"out of memory: {text[:200]}\nTake less, with --restart true (make: RESTART=1): {', or '.join(smaller[:4])}")
@@ -787,7 +792,9 @@ def main() -> None:
             quantization_config=quantization, **hub, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
-        fail(f"cannot load the model {name!r}: {' '.join(str(error).split())[:300]}")
+        text = " ".join(str(error).split())[:300]
+        other = " Add --attn_implementation sdpa (with make: ARGS=...)." if "ttention" in text else ""
+        fail(f"cannot load the model {name!r}: {text}{other}")
     check_loaded(name, model, tokenizer, loading["missing_keys"])
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

@@ -1,12 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0"]
+# dependencies = ["torch==2.13.0", "pyyaml==6.0.4"]
 # ///
 """Write a recipe with the settings that train fastest on this machine and learn the same, each with its reason.
 
     python choose_fast.py --method lora --config RECIPE.yaml --output fast.yaml [-- COMMAND ...]
 
-Reads   RECIPE.yaml, whose other settings stay as they are; none: the tutorial's.
+Reads   RECIPE.yaml, whose other settings stay as they are, and its own attention, Liger kernels, and any optimizer but
+        AdamW in 32 bits; none: the tutorial's.
 Writes  fast.yaml, for --config of 02_train_lora.py (lora) or 03_train_full.py (full).
 
 COMMAND is run then: the prediction of 00_check_gpu.py for that file. Where it exits with status 3, for want of memory,
@@ -15,7 +16,6 @@ docs/performance.md.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -40,6 +40,9 @@ if __name__ == "__main__":
     read_options()  # before the import that takes a second: for --help, and for what is wrong in the options
 
 import torch
+import yaml
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw", "paged_adamw_32bit")  # of one and the same step
 
 
 def has_bf16() -> bool:
@@ -77,10 +80,29 @@ def list_attempts() -> list[dict[str, tuple]]:
     return [{}, recompute]  # without Triton the chunks take more
 
 
-def format_recipe(base: str, chosen: dict[str, tuple]) -> str:
-    """The lines of base, but for those of the settings that are chosen, and then these."""
-    others = "|".join([*chosen, "fp16"] if "bf16" in chosen else chosen)
-    lines = ["# Settings of the recipe:", *re.sub(rf"(?m)^({others})[ \t]*:.*\n?", "", base).splitlines()]
+def read_recipe(file: Path) -> dict:
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        sys.exit(f"error: cannot read {file}: {' '.join(str(error).split())}. Give a recipe: FILE.yaml")
+    if not isinstance(recipe, dict):
+        sys.exit(f"error: {file} has no settings. Give a recipe with lines like lora_r: 8")
+    return recipe
+
+
+def keep_own(recipe: dict, chosen: dict[str, tuple]) -> dict[str, tuple]:
+    """What is chosen, but for the settings of the recipe that are not only a matter of speed."""
+    own = {"attn_implementation", "use_liger_kernel"} & recipe.keys()
+    if recipe.get("optim", OPTIMIZERS[0]) not in OPTIMIZERS:
+        own.add("optim")
+    return {name: choice for name, choice in chosen.items() if name not in own}
+
+
+def format_recipe(recipe: dict, chosen: dict[str, tuple]) -> str:
+    """YAML of the recipe's settings, but for those that are chosen, and then these, with their reasons."""
+    replaced = {*chosen, "fp16"} if "bf16" in chosen else {*chosen}
+    kept = {name: value for name, value in recipe.items() if name not in replaced}
+    lines = ["# Settings of the recipe:", *(yaml.safe_dump(kept, sort_keys=False).splitlines() if kept else [])]
     lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
     lines += [f"{name}: {str(value).lower()}  # {reason}" for name, (value, reason) in chosen.items()]
     return "\n".join(lines) + "\n"
@@ -88,20 +110,17 @@ def format_recipe(base: str, chosen: dict[str, tuple]) -> str:
 
 def main() -> None:
     args = read_options()
-    try:
-        base = args.config.read_text(encoding="utf-8") if args.config else "# none: the tutorial's values\n"
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: cannot read {args.config}: {error}. Give a recipe: FILE.yaml")
-    chosen = choose(args.method)
-    if re.search(r"(?m)^attn_implementation[ \t]*:", base):
-        chosen.pop("attn_implementation", None)  # the recipe's own stays
+    recipe = read_recipe(args.config) if args.config else {}
+    chosen = keep_own(recipe, choose(args.method))
     attempts = [chosen | less for less in list_attempts()]
     if args.keep and args.output.is_file():
         old = args.output.read_text(encoding="utf-8")
-        attempts = [chosen for chosen in attempts if format_recipe(base, chosen) == old] or attempts
+        attempts = [chosen for chosen in attempts if format_recipe(recipe, chosen) == old] or attempts
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for chosen in attempts:
-        args.output.write_text(format_recipe(base, chosen), encoding="utf-8")
+    for number, chosen in enumerate(attempts):
+        if number:
+            print("That does not fit. What takes less memory is tried in its place:", flush=True)
+        args.output.write_text(format_recipe(recipe, chosen), encoding="utf-8")
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)
         status = subprocess.run(args.command).returncode if args.command else 0
         if status != 3:

@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 
 SCRIPT_IDS = [script.name for script in SCRIPTS]
 # The package that an import needs, where its name is another.
-PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub"}
+PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
 # numpy comes with the packages that are pinned; 00_check_gpu.py probes what it imports.
 FREE = {"numpy"}
 CHOICE = 'os.environ["CUDA_VISIBLE_DEVICES"] = "0"'

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,19 @@ import torch
 import yaml
 from conftest import ROOT, load, run, write_rows
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, Trainer
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+)
 from trl import SFTConfig
 
 script = load("choose_fast.py")
@@ -61,6 +74,20 @@ def test_the_other_settings_of_the_recipe_stay(tmp_path):
         assert all(f"{name} {value}" in result.stdout for name, value in expected.items())
 
 
+def test_an_optimizer_of_another_kind_and_kernels_that_the_recipe_names_stay(tmp_path, monkeypatch):
+    machine(monkeypatch, gpu=True, bf16=True, packages=("liger_kernel", "triton"))
+    for own in ({"optim": "lion_32bit"}, {"optim": "paged_adamw_8bit"}, {"use_liger_kernel": False}):
+        assert script.keep_own(own, script.choose("full")).keys() == script.choose("full").keys() - own.keys()
+    for same in ("paged_adamw_32bit", "adamw_torch"):
+        assert script.keep_own({"optim": same}, script.choose("full")) == script.choose("full")
+    # However the recipe is written, what is written from it is one.
+    (tmp_path / "base.yaml").write_text("{lora_r: 8, optim: paged_adamw_32bit, learning_rate: 1.0e-5}")
+    command = ["--method", "lora", "--config", "base.yaml", "--output", "fast.yaml"]
+    assert run("choose_fast.py", *command, cwd=tmp_path).returncode == 0
+    written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
+    assert (written["lora_r"], written["optim"], written["learning_rate"]) == (8, "adamw_torch_fused", 1e-5)
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_what_would_contradict_the_recipe_is_not_chosen(bf16, tmp_path, monkeypatch, capsys):
     machine(monkeypatch, gpu=True, bf16=bf16, packages=("flash-attn",))
@@ -79,7 +106,7 @@ def test_what_would_contradict_the_recipe_is_not_chosen(bf16, tmp_path, monkeypa
 def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     command = [sys.executable, "-c", SPARING, "fast.yaml", "gradient_checkpointing"]
     result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
-    assert result.returncode == 0
+    assert result.returncode == 0 and "That does not fit." in result.stdout
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert written["gradient_checkpointing"] is True and written["optim"] == "adamw_torch_fused"
     machine(monkeypatch, gpu=True, bf16=True)
@@ -109,9 +136,19 @@ def test_what_was_chosen_is_kept_if_it_may_be_chosen_still(tmp_path):
     assert yaml.safe_load((tmp_path / "fast.yaml").read_text())["optim"] == "adamw_torch_fused"
 
 
-def test_a_recipe_that_is_not_there_is_named(tmp_path):
-    result = run("choose_fast.py", "--method", "lora", "--config", "no.yaml", "--output", "f.yaml", cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.startswith("error: cannot read no.yaml: ")
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (None, "cannot read base.yaml: "),
+        ("optim: [", "cannot read base.yaml: "),
+        ("- optim", "base.yaml has no settings"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(recipe, said, tmp_path):
+    if recipe:
+        (tmp_path / "base.yaml").write_text(recipe)
+    result = run("choose_fast.py", "--method", "lora", "--config", "base.yaml", "--output", "f.yaml", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
     assert not (tmp_path / "f.yaml").exists()
 
 
@@ -231,7 +268,10 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
         ("cuda", "float32", {}, 1, True, False),
         ("cuda", "float32", {"bf16": True}, 2, True, False),
         ("cuda", "bfloat16", {}, 2, True, False),
+        ("cuda before Ampere", "bfloat16", {}, 2, True, True),
+        ("cuda before Ampere", "bfloat16", {}, 1, True, False),
         ("cpu", "float32", {}, 1, False, True),  # tokens look at the padding
+        ("cpu", "float32", {}, 1, None, True),  # all of its tokens do, by its config
         ("cuda", "float32", {"bf16": True}, 1, False, True),
     ],
 )
@@ -241,14 +281,18 @@ def test_the_mask_is_left_out_where_that_changes_nothing(
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
     for layer in model.model.layers:
         layer.self_attn.num_key_value_groups = groups
-    model.model.layers[0].self_attn.is_causal = causal
+    if causal is None:
+        model.config.is_causal = False
+    else:
+        model.model.layers[0].self_attn.is_causal = causal
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a b"]})
     settings = SFTConfig(output_dir=str(tmp_path), report_to="none", **{"bf16": False, "use_cpu": True} | options)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     script = load("02_train_lora.py")  # of which the other training has a copy
     trainer = script.PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
     (batch,), seen = trainer.get_train_dataloader(), []
-    monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
+    monkeypatch.setattr(type(trainer.args), "device", torch.device(device.split()[0]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if "before" in device else (8, 0))
     monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs: seen.append(set(inputs)))
     trainer.compute_loss(model, batch)
     assert seen == [set(batch) - (set() if masked else {"attention_mask"})] and "attention_mask" in batch
@@ -262,6 +306,18 @@ def test_the_peak_memory_is_that_of_the_process_and_not_of_its_parent():
     result = subprocess.run([sys.executable, "-c", parent, source], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert 2**27 < int(result.stdout) < 2**31
+
+
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+def test_an_attention_that_the_model_has_not_is_answered_by_one_that_it_has(trainer, tiny_model, tmp_path):
+    bloom = BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bloom")
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a b c"}])
+    options = ["--dataset_name", "rows.jsonl", "--attn_implementation", "flash_attention_2", "--output_dir", "out"]
+    result = run(trainer, "--model_name_or_path", "bloom", *options, cwd=tmp_path)
+    assert result.returncode == 1 and "does not support Flash Attention 2" in result.stderr
+    assert result.stderr.strip().endswith("Add --attn_implementation sdpa (with make: ARGS=...).")
 
 
 @pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
@@ -307,6 +363,76 @@ def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
     for name, difference in (("script, fast", 0.01), ("tutorial", 1e-4), ("Trainer", 1e-4)):  # the same arithmetic
         assert table[name]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=difference)
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    count_flops = runpy.run_path(str(ROOT / "bench/train_speed.py"))["count_flops"]
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=12, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, attn_implementation="eager", tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model = LlamaForCausalLM(config)
+    if not full:
+        model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, task_type="CAUSAL_LM"))
+    length = 48
+    ids = torch.arange(length).view(1, length)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    # Eager attention computes the half that is masked too. Into the first layer no gradient flows back.
+    masked = 3 * 12 * 2 * 4 * 24 * length**2
+    assert count_flops(tmp_path, [length], full) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "missing.parquet"], "error: no rows in missing.parquet: "),
+        (["--data", "folder.v2"], "error: no rows in folder.v2: "),
+        (["--data", "numbers.jsonl"], "error: numbers.jsonl has fewer rows than a batch, or neither text"),
+        (["--rounds", "0"], "error: --rows, --max_length, --batch_size and --rounds are at least 1."),
+        (["--model", "none"], "error: no model in none. Type: make bench, or give a folder: --model FOLDER"),
+    ],
+)
+def test_what_the_bench_cannot_measure_is_named(options, said, tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.v2").mkdir()
+    write_rows(tmp_path / "numbers.jsonl", [{"number": number} for number in range(8)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "bench/train_speed.py"))["main"]()
+    assert stop.value.code.startswith(said) and "\n" not in stop.value.code
+
+
+def test_a_run_that_stops_short_is_no_measurement(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a"}] * 8)
+    options = ["--data", "rows.jsonl", "--only", "bare loop", "--only", "Trainer", "--output_dir", "bench"]
+    monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
+    main = runpy.run_path(str(ROOT / "bench/train_speed.py"))["main"]
+    asked = []
+
+    def measure(command, python, folder):
+        asked.append(Path(command[0]).stem)
+        # Two steps are due; the second round is in reverse.
+        steps = [1.0] if len(asked) == 3 else [1.0, 1.0]
+        return {"step_seconds": steps, "first_step_at": 1.0, "peak_memory_bytes": 1, "losses": [1.0] * len(steps)}
+
+    monkeypatch.setitem(main.__globals__, "measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert asked == ["bare_loop", "plain_trainer", "plain_trainer", "bare_loop"]
+    assert stop.value.code == "error: Trainer failed, for the reason above."
+    assert "failed: Trainer made 1 steps, not 2" in capsys.readouterr().err
+    table = json.loads((tmp_path / "bench/speed.json").read_text())["table"]
+    assert [len(row["each_round"]) for row in table] == [2, 1]
 
 
 def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(tiny_model, tmp_path):

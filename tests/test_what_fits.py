@@ -208,6 +208,14 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     assert row["tokens"] == 700 and row["fits"] is False
 
 
+def test_on_an_accelerator_the_loss_in_chunks_is_offered_before_what_takes_more_time(tmp_path):
+    qwen = save_config(tmp_path / "qwen", hidden_size=1024, intermediate_size=3072, vocab_size=151936)
+    command = ["--model", qwen, "--method", "lora", "--memory", "17", "--", "--optim", "adamw_torch", "--bf16", "true"]
+    result = run("00_check_gpu.py", *command, cwd=tmp_path)
+    assert result.returncode == 3 and "type: add the option --token_metrics true   (" in result.stderr
+    assert run("00_check_gpu.py", *command, "--token_metrics", "true", cwd=tmp_path).returncode == 0
+
+
 def test_options_of_the_training_and_its_recipe_decide(tmp_path):
     (tmp_path / "recipe.yaml").write_text("lora_r: 16\nlora_target_modules: [all-linear]\nbf16: true\nseed: 3\n")
     given = ["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "4", "--max_length=256", "--gradient_checkpointing"]
