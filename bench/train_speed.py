@@ -205,7 +205,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     if args.peers:
         commands |= {name: ([BENCH / "peers.py", name, folder / "plain.json"], short) for name in PEERS}
     if unknown := set(args.only or []) - set(commands):
-        sys.exit(f"error: there is no contender {min(unknown)!r}, but: {', '.join(commands)}. Or --peers, --variants.")
+        names = ", ".join(map(repr, commands))
+        sys.exit(f"error: there is no {min(unknown)!r}, but: {names}. More there are with --peers and with --variants.")
     return {name: command for name, command in commands.items() if not args.only or name in args.only}
 
 
@@ -283,14 +284,14 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
         losses = each[-1]["losses"]
         if name == "torchtune":  # which multiplies each with the number of its labels, and then divides the gradients
             losses = [sum(losses) / (sum(lengths) - len(lengths))]
-        low, middle, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.5, 0.9))
+        low, high = (steps[round(share * (len(steps) - 1))] for share in (0.1, 0.9))
         table.append(
             {
                 "what": name,
                 "tokens_per_second": sum(lengths) / seconds,
                 "each_round": [sum(lengths) / sum(run["step_seconds"]) for run in each],
                 "samples_per_second": len(lengths) / seconds,
-                "step_seconds": {"10%": low, "median": middle, "90%": high},
+                "step_seconds": {"10%": low, "median": statistics.median(steps), "90%": high},
                 "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
                 "mfu": flops / seconds / peak,
                 "mean_loss": statistics.mean(losses),
@@ -321,7 +322,7 @@ def write_table(table: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(table: list[dict], file: Path) -> None:
+def draw(table: list[dict], title: str, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -332,27 +333,28 @@ def draw(table: list[dict], file: Path) -> None:
     colors = ["tab:red" if row["what"].startswith("script") else "tab:gray" for row in rows]
     bars = axes.barh([row["what"] for row in rows], [row["tokens_per_second"] for row in rows], color=colors)
     axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set_xlabel("real tokens per second")
+    axes.set(title=title, xlabel="real tokens per second", xmargin=0.1)
     figure.savefig(file, dpi=120)
 
 
 def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> None:
     table = summarize(runs, commands, lengths, flops, peaks)
-    name = name_model(args.model) if args.size == "embedded" else f"{args.size}, random weights"
-    machine = describe_machine(name) | {
+    model = name_model(args.model) if args.size == "embedded" else f"{args.size}, random weights"
+    machine = describe_machine(model) | {
         "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "rows": len(lengths),
         "real_tokens": sum(lengths),
     }
-    text = f"{format_machine(machine)}\n{len(lengths)} rows, {sum(lengths)} real tokens, batches of {args.batch_size}, "
+    what = f"{'all parameters' if args.full else 'LoRA'}, {len(lengths)} rows of {args.data} cut at {args.max_length}"
+    text = f"{format_machine(machine)}\n{what}, {sum(lengths)} real tokens, batches of {args.batch_size}, "
     text += ", ".join(f"{dtype} matmul {peak / 1e12:.3f} TFLOP/s" for dtype, peak in peaks.items())
     text += f"\n\n{write_table(table)}"
     name = "speed-full" if args.full else "speed"
     (args.output_dir / f"{name}.md").write_text(text)
     content = {"machine": machine, "table": table, "runs": runs}
     (args.output_dir / f"{name}.json").write_text(json.dumps(content) + "\n")
-    draw(table, args.output_dir / f"{name}.png")
+    draw(table, f"{model}: {what}", args.output_dir / f"{name}.png")
     print(text, flush=True)
 
 

@@ -444,4 +444,4 @@ def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(tiny_model,
     (row,) = json.loads((tmp_path / "bench/speed.json").read_text())["table"]
     assert row["tokens_per_second"] > 0 and 0 < row["mean_loss"] < 10
     result = run(ROOT / "bench/train_speed.py", *command, "--only", "no such", cwd=tmp_path)
-    assert result.returncode == 1 and "there is no contender 'no such', but: bare loop, " in result.stderr
+    assert result.returncode == 1 and "there is no 'no such', but: 'bare loop', 'bare loop, fast', " in result.stderr
