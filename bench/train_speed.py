@@ -123,7 +123,8 @@ def read_texts(args) -> list[str]:
         sys.exit(f"error: no rows in {data}: {text}. Give a .jsonl, .json, .csv or .parquet file, or a folder: --data")
     count = min(args.rows, len(rows)) // args.batch_size * args.batch_size
     if not count or not {"text", "prompt"} & set(rows.column_names):
-        sys.exit(f"error: {args.data} has fewer rows than a batch, or neither text nor prompt and completion.")
+        few = f"fewer than {args.batch_size} rows (--rows, --batch_size)"
+        sys.exit(f"error: {data} has {few}, or neither text nor prompt and completion. Give others: --data")
     texts = []
     for row in rows.select(range(count)):
         if not (text := row.get("text")):
@@ -180,8 +181,7 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         (folder / f"{name}.json").write_text(json.dumps(content))
 
     common = ["--model_name_or_path", model, "--output_dir", folder / "run", "--max_length", args.max_length]
-    common += ["--per_device_train_batch_size", args.batch_size, "--num_train_epochs", 1]
-    common += ["--save_strategy", "no"]
+    common += ["--per_device_train_batch_size", args.batch_size, "--num_train_epochs", 1, "--save_strategy", "no"]
     ours = [script, *common, "--dataset_name", rows]
     trl = ["trl.scripts.sft", *common, "--dataset_name", rows.parent, "--dtype", dtype, *([] if args.full else LORA)]
     on_cpu = [] if GPU else ["--use_cpu", "true"]

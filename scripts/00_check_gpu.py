@@ -806,13 +806,14 @@ def read_config(model: str, timeout: float) -> dict:
 
 def list_savings(method: str, settings: dict, where: str) -> list[dict]:
     """Changes of the settings that save memory, those that cost least first."""
-    recompute, short = {"gradient_checkpointing": True}, {"dtype": "bfloat16"}
-    chunks = {"token_metrics": True}  # on the CPU they take more
+    chunks, recompute = {"token_metrics": True}, {"gradient_checkpointing": True}
+    whole = [recompute]  # the batch stays
+    if where == "gpu" and not settings["token_metrics"]:  # on the CPU chunks take more
+        whole = [chunks, recompute, chunks | recompute]
     batches = [settings["per_device_train_batch_size"] // 2**power for power in range(1, 20)]
     smaller = [{"per_device_train_batch_size": batch} for batch in batches if batch]
-    changes = [recompute, *smaller, *(recompute | change for change in smaller)]
-    if where == "gpu" and not settings["token_metrics"]:
-        changes = [chunks, recompute, recompute | chunks, *changes[1:]]
+    changes = [*whole, *smaller, *(recompute | change for change in smaller)]
+    short = {"dtype": "bfloat16"}
     return changes + ([recompute | change | short for change in smaller[-1:]] if method == "lora" else [])
 
 

@@ -793,7 +793,8 @@ def main() -> None:
         )  # fmt: skip
     except Exception as error:  # each kind of file raises its own
         text = " ".join(str(error).split())[:300]
-        other = " Add --attn_implementation sdpa (with make: ARGS=...)." if "ttention" in text else ""
+        named = model_args.attn_implementation and "ttention" in text
+        other = " Give another --attn_implementation, sdpa or eager (with make: in ARGS)." if named else ""
         fail(f"cannot load the model {name!r}: {text}{other}")
     check_loaded(name, model, tokenizer, loading["missing_keys"])
     for layer in model.modules():

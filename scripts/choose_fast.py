@@ -93,7 +93,7 @@ def read_recipe(file: Path) -> dict:
 def keep_own(recipe: dict, chosen: dict[str, tuple]) -> dict[str, tuple]:
     """What is chosen, but for the settings of the recipe that are not only a matter of speed."""
     own = {"attn_implementation", "use_liger_kernel"} & recipe.keys()
-    if recipe.get("optim", OPTIMIZERS[0]) not in OPTIMIZERS:
+    if "optim" in recipe and recipe["optim"] not in OPTIMIZERS:
         own.add("optim")
     return {name: choice for name, choice in chosen.items() if name not in own}
 
@@ -102,7 +102,8 @@ def format_recipe(recipe: dict, chosen: dict[str, tuple]) -> str:
     """YAML of the recipe's settings, but for those that are chosen, and then these, with their reasons."""
     replaced = {*chosen, "fp16"} if "bf16" in chosen else {*chosen}
     kept = {name: value for name, value in recipe.items() if name not in replaced}
-    lines = ["# Settings of the recipe:", *(yaml.safe_dump(kept, sort_keys=False).splitlines() if kept else [])]
+    settings = yaml.safe_dump(kept, sort_keys=False) if kept else "# none: the tutorial's values\n"
+    lines = ["# Settings of the recipe:", *settings.splitlines()]
     lines += ["", "# What trains fastest on this machine, chosen by choose_fast.py:"]
     lines += [f"{name}: {str(value).lower()}  # {reason}" for name, (value, reason) in chosen.items()]
     return "\n".join(lines) + "\n"

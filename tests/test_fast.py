@@ -317,7 +317,7 @@ def test_an_attention_that_the_model_has_not_is_answered_by_one_that_it_has(trai
     options = ["--dataset_name", "rows.jsonl", "--attn_implementation", "flash_attention_2", "--output_dir", "out"]
     result = run(trainer, "--model_name_or_path", "bloom", *options, cwd=tmp_path)
     assert result.returncode == 1 and "does not support Flash Attention 2" in result.stderr
-    assert result.stderr.strip().endswith("Add --attn_implementation sdpa (with make: ARGS=...).")
+    assert result.stderr.strip().endswith("Give another --attn_implementation, sdpa or eager (with make: in ARGS).")
 
 
 @pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
@@ -365,11 +365,15 @@ def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, tmp_path, monkeypatch):
+@pytest.fixture
+def bench(monkeypatch) -> dict:
+    """What bench/train_speed.py defines."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    count_flops = runpy.run_path(str(ROOT / "bench/train_speed.py"))["count_flops"]
+    return runpy.run_path(str(ROOT / "bench/train_speed.py"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, bench, tmp_path):
     config = LlamaConfig(
         vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24, attn_implementation="eager", tie_word_embeddings=True,
@@ -384,7 +388,7 @@ def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, tmp
         model(input_ids=ids, labels=ids).loss.backward()
     # Eager attention computes the half that is masked too. Into the first layer no gradient flows back.
     masked = 3 * 12 * 2 * 4 * 24 * length**2
-    assert count_flops(tmp_path, [length], full) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert bench["count_flops"](tmp_path, [length], full) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -392,32 +396,30 @@ def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, tmp
     [
         (["--data", "missing.parquet"], "error: no rows in missing.parquet: "),
         (["--data", "folder.v2"], "error: no rows in folder.v2: "),
-        (["--data", "numbers.jsonl"], "error: numbers.jsonl has fewer rows than a batch, or neither text"),
+        (
+            ["--data", "numbers.jsonl"],
+            "error: numbers.jsonl has fewer than 4 rows (--rows, --batch_size), or neither text",
+        ),
         (["--rounds", "0"], "error: --rows, --max_length, --batch_size and --rounds are at least 1."),
         (["--model", "none"], "error: no model in none. Type: make bench, or give a folder: --model FOLDER"),
     ],
 )
-def test_what_the_bench_cannot_measure_is_named(options, said, tiny_model, tmp_path, monkeypatch, capsys):
+def test_what_the_bench_cannot_measure_is_named(options, said, bench, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "folder.v2").mkdir()
     write_rows(tmp_path / "numbers.jsonl", [{"number": number} for number in range(8)])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "bench/train_speed.py"))["main"]()
+        bench["main"]()
     assert stop.value.code.startswith(said) and "\n" not in stop.value.code
 
 
-def test_a_run_that_stops_short_is_no_measurement(tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_run_that_stops_short_is_no_measurement(bench, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a"}] * 8)
     options = ["--data", "rows.jsonl", "--only", "bare loop", "--only", "Trainer", "--output_dir", "bench"]
     monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
-    main = runpy.run_path(str(ROOT / "bench/train_speed.py"))["main"]
-    asked = []
+    main, asked = bench["main"], []
 
     def measure(command, python, folder):
         asked.append(Path(command[0]).stem)
