@@ -62,7 +62,7 @@ def measure_preparation(data: list, folder: Path) -> dict:
     """Seconds."""
     once, processes = ("--max_steps", "1"), ("--dataset_num_proc", str(os.cpu_count()))
     return {
-        "audit": run([SCRIPTS / "audit_tokens.py", *data, "--output", folder / "audit.json"], folder / "other"),
+        "audit": run([SCRIPTS / "chain/audit_tokens.py", *data, "--output", folder / "audit.json"], folder / "other"),
         "prepare": train(data, folder, *once)["first_step_at"],
         "in parallel": train(data, folder, *once, *processes, cache="third")["first_step_at"],
         "from the cache": train(data, folder, *once)["first_step_at"],

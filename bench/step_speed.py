@@ -2,7 +2,6 @@
 
     make bench-steps
 
---help              the slowest of all scripts, from the start of the process to its end
 05_generate.py      one prompt, and eight as a batch; and transformers alone with the same (plain_generate.py): seconds
                     to the first token, tokens/s while it generates
 04_merge_adapter.py an adapter of all linear layers, r=16; and the time that the disk needs to read the base model and
@@ -64,9 +63,6 @@ def time_disk(source: Path, bytes_written: int, folder: Path) -> float:
 
 def measure_round(model: Path, adapter: Path, folder: Path, count: int) -> dict[str, dict]:
     found, out = {}, folder / "out.json"
-    times = {script.name: run(script, "--help") for script in SCRIPTS.glob("*.py")}
-    slowest = max(times, key=times.get)
-    found["--help"] = {"seconds": times[slowest], "what": slowest}
     for number in (1, len(QUESTIONS)):
         prompts = QUESTIONS[:number]
         options = ["--model_name_or_path", model, "--max_new_tokens", count]
@@ -81,7 +77,7 @@ def measure_round(model: Path, adapter: Path, folder: Path, count: int) -> dict[
     found["04_merge_adapter.py"]["disk"] = time_disk(model, size_of(merged / "model"), folder)
     convert = ["--only", "model", "--model_name_or_path", "embedded", "--output_dir", folder / "converted"]
     found["01_download.py"] = {"seconds": run(SCRIPTS / "01_download.py", *convert)}
-    written = folder / "converted/base-model"
+    written = folder / "converted"
     found["01_download.py"]["disk"] = time_disk(written, size_of(written), folder)
     return found
 

@@ -160,8 +160,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     method = "full" if args.full else "lora"
     script = SCRIPTS / ("03_train_full.py" if args.full else "02_train_lora.py")
     fast = folder / "fast.yaml"
-    choose = [sys.executable, SCRIPTS / "choose_fast.py", "--method", method, "--output", fast]
-    predict = [sys.executable, SCRIPTS / "00_check_gpu.py", "--model", model, "--method", method]
+    choose = [sys.executable, SCRIPTS / "chain/choose_fast.py", "--method", method, "--output", fast]
+    predict = [sys.executable, SCRIPTS / "chain/predict_memory.py", "--model", model, "--method", method]
     predict += ["--", "--config", fast, "--max_length", args.max_length]
     predict += ["--per_device_train_batch_size", args.batch_size]
     if subprocess.run([*map(str, choose), "--", *map(str, predict)]).returncode:

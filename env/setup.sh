@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Makes the Python environment for the accelerator of this machine. `make setup` calls it, with what it is to do in the
-# environment: BACKEND, PYTHON, VENV, TORCH_INDEX, TORCH_VERSION. Each command is printed before it runs.
+# environment: BACKEND, PYTHON, VENV, TORCH_INDEX, TORCH_VERSION. Each command is printed before it runs. Without
+# success, however it ends, the environment that was there comes back, at the next call if not before.
 #   --dry-run   only print them
+#   --remove    remove the environment
 #   --root DIR  look for device files and tools in DIR, as if it were /
 set -euo pipefail
 
-dry="" root=""
+dry="" remove="" root=""
 while [ $# -gt 0 ]; do
 	case "$1" in
 		--dry-run) dry=yes ;;
+		--remove) remove=yes ;;
 		--root) root=${2%/}; shift ;;
 	esac
 	shift
@@ -16,12 +19,67 @@ done
 fail() { echo "error: $*" >&2; exit 1; }
 run() {
 	printf '+%s\n' "$(printf ' %q' "$@")"
-	[ "$dry" ] || "$@"
+	[ ! "$dry" ] || return 0
+	# Behind this shell, so that a signal is heard at once, in a process group that can be ended as a whole.
+	set -m; PIP_NO_INPUT=1 "$@" < /dev/null & set +m
+	wait $!
 }
 write() { # TEXT FILE
 	echo "+ echo $1 > $2"
 	[ "$dry" ] || echo "$1" > "$2"
 }
+
+# Environment ----------------------------------------------------------------------------------------------------------
+# It cannot be moved, as its scripts hold its path: the one that is there waits at $VENV.old while another is made in
+# its place. Whole is what has `installed`, which is written last and removed first.
+VENV=${VENV%/} here=$(pwd -P) back=""
+[ "$VENV" ] || fail "VENV names no folder of its own. Name one: make VENV=.venv"
+for folder in "$VENV" "$VENV.old"; do
+	[ -L "$folder" ] || [ "$(ls -A "$folder" 2> /dev/null)" ] || continue
+	[ -e "$folder/checkout" ] || [ -e "$folder/backend" ] ||
+		fail "$folder is there and was not made by this Makefile. Remove it, or name another: make VENV=.venv-2"
+	maker=$(cat "$folder/checkout" 2> /dev/null) || maker="another checkout"
+	# A checkout that was moved has its environment inside, and is no longer where it was.
+	[ "${maker:-$here}" = "$here" ] || [[ ! -e $maker && $(CDPATH="" cd "$folder" && pwd -P) = "$here"/* ]] ||
+		fail "$folder was made from $maker, and this is $here. Name another: make VENV=.venv-2, or type: rm -r $folder"
+done
+discard() { # what says that it is ours goes last
+	local GLOBIGNORE=$1/backend:$1/checkout
+	[ -L "$1" ] || rm -rf "${1:?}/installed" "${1:?}"/*
+	rm -rf "$1"
+}
+settle() { # keeps what is whole, the new one if both are
+	[ -e "$VENV/installed" ] || discard "$VENV"
+	if [ ! -e "$VENV" ] && [ -e "$VENV.old/installed" ]; then
+		mv "$VENV.old" "$VENV"
+		back=yes
+		echo "$VENV is again what it was before. Where the disk has no room for two, type: rm -r $VENV" >&2
+	fi
+	[ ! -e "$VENV/installed" ] && [ -e "$VENV.old/installed" ] || discard "$VENV.old"
+}
+leave() {
+	trap '' HUP INT TERM PIPE
+	local group=-$(jobs -p)
+	if kill -INT -- "$group"; then # pip has five seconds to clean up
+		for _ in {1..50}; do ! kill -0 -- "$group" || sleep 0.1; done
+		kill -KILL -- "$group" || true
+		wait
+	fi 2> /dev/null
+	settle
+}
+if [ ! "$dry" ]; then
+	mkdir -p "$(dirname "$VENV")"
+	exec 9> "$VENV.lock" # held until this process and those it began have ended, however they end
+	! command -v flock > /dev/null || flock -n 9 ||
+		fail "another process is making $VENV. Wait for its end, and type the same command again."
+	trap leave EXIT
+	trap 'exit 130' HUP INT TERM
+	[ ! "$remove" ] || { discard "$VENV.old"; discard "$VENV"; rm -f "$VENV.lock"; exit; }
+	settle
+fi
+settings="PYTHON=$PYTHON BACKEND=$BACKEND TORCH_INDEX=$TORCH_INDEX TORCH_VERSION=$TORCH_VERSION"
+[ ! "$back" ] || [ "$(< "$VENV/installed")" != "$settings" ] ||
+	[ "$(find env/setup.sh env/locks/*.txt -newer "$VENV/installed")" ] || exit 0
 
 # Python ---------------------------------------------------------------------------------------------------------------
 command -v "$PYTHON" > /dev/null ||
@@ -29,14 +87,6 @@ command -v "$PYTHON" > /dev/null ||
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
 	fail "$("$PYTHON" --version) is too old, 3.10 or newer is needed. Name one: make PYTHON=python3.12"
 "$PYTHON" -c 'import venv, ensurepip' 2> /dev/null || fail "$PYTHON has no venv module. Type: apt install python3-venv"
-[ ! -e "$VENV" ] || [ -e "$VENV/backend" ] ||
-	fail "VENV=$VENV is there and was not made by this Makefile. Remove it, or name another: make VENV=.venv-2"
-
-if [ ! "$dry" ] && command -v flock > /dev/null; then
-	mkdir -p "$(dirname "$VENV")"
-	exec 9> "$VENV.lock" # held until this process ends, however it ends
-	flock -n 9 || fail "another process is making $VENV. Wait for its end, and type the same command again."
-fi
 
 # Hardware -------------------------------------------------------------------------------------------------------------
 tools="$root/usr/bin:$root/opt/rocm/bin"
@@ -125,9 +175,10 @@ echo "Will install into $VENV: $what the packages of env/locks/packages.txt"
 
 # Installation ---------------------------------------------------------------------------------------------------------
 pip=("$VENV/bin/python" -m pip)
-run rm -rf "$VENV"
+[ ! -e "$VENV/installed" ] || run mv "$VENV" "$VENV.old"
 run mkdir -p "$VENV"
-# What torch is for. Written first, so that an interrupted setup is known as ours.
+# Who made it and what torch is for. Written first, so that an interrupted setup is known as ours.
+write "$here" "$VENV/checkout"
 write "${kind:-$backend}" "$VENV/backend"
 if [ "$backend" = preinstalled ]; then
 	run "$PYTHON" -m venv --system-site-packages "$VENV"
@@ -140,10 +191,9 @@ else
 fi
 run "${pip[@]}" install --no-deps -r env/locks/packages.txt
 
+[ ! "$dry" ] || kind=$backend after=$before
 [ "$dry" ] || read -r kind version after <<< "$(torch_of "$VENV/bin/python")"
-if [ "$dry" ]; then
-	:
-elif [ "$backend" = preinstalled ]; then
+if [ "$backend" = preinstalled ]; then
 	[ "$after" = "$before" ] || fail "torch came from $before and comes from $after now." \
 		"Take what brings it out of env/locks/packages.txt, and type: make setup BACKEND=preinstalled"
 elif [ "$backend" != cpu ]; then
@@ -157,4 +207,6 @@ if ! run "${pip[@]}" check; then
 	[ "$own$before" ] || fail "the pinned packages do not fit together. Type: make lock setup"
 	echo "warning: this torch, or a package beside it, asks for other versions than those pinned" >&2
 fi
-run touch "$VENV/installed"
+# What was asked for, which holds until something else is.
+write "$settings" "$VENV/settings"
+run mv "$VENV/settings" "$VENV/installed"

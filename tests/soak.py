@@ -1,10 +1,9 @@
 """Trains three steps, is stopped by a signal, goes on, and so on in one process; prints a JSON line after each cycle.
 
-python soak.py CYCLES 02_train_lora.py --model_name_or_path ...
+python soak.py CYCLES FOLDER --reads MODEL DATA -- 02_train_lora.py ..., as run_step.py takes it
 """
 
 import gc
-import importlib.util
 import json
 import os
 import signal
@@ -12,34 +11,34 @@ import sys
 from pathlib import Path
 
 from datasets.config import HF_DATASETS_CACHE
+from transformers.trainer_callback import CallbackHandler
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts/chain"))
+import run_step
+
+begin, steps = CallbackHandler.on_step_begin, 0
 
 
 def count_bytes(folder: Path, pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
 
 
-cycles, path, *args = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("training", path)
-module = sys.modules["training"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-training_step, steps = module.ResumableTrainer.training_step, 0
-
-
-def count_step(self, *args, **kwargs):
+def count_step(self, *args):
     global steps
     steps += 1
     if steps % 3 == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    return training_step(self, *args, **kwargs)
+    return begin(self, *args)
 
 
-module.ResumableTrainer.training_step = count_step
-sys.argv = [path, *args]
-output, answers = Path(args[args.index("--output_dir") + 1]), sys.stdout
+CallbackHandler.on_step_begin = count_step
+cycles, command = int(sys.argv[1]), sys.argv[2:]
+output, answers, finders = Path(f"{command[0]}.part"), sys.stdout, list(sys.meta_path)
 sys.stdout = sys.stderr
-for _ in range(int(cycles)):
+for _ in range(cycles):
+    sys.argv = ["run_step.py", *command]
     try:
-        module.main()
+        run_step.main()
     except SystemExit as stop:
         assert stop.code == 128 + signal.SIGTERM, stop.code
     gc.collect()

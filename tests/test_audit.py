@@ -1,102 +1,219 @@
-"""The token audit: one BOS and a learned EOS for rows that carry their own, with a tokenizer that adds BOS."""
+"""The token audit: what is learned, with a tokenizer that adds BOS, and what is refused before a training begins."""
 
 import json
 import shutil
 
 import pytest
 from conftest import ROOT, load, run, write_rows
+from helpers import call, read
 
 GUANACO = ROOT.parent / "shared/data/guanaco-llama2-1k.parquet"
 TUTORIAL_ROWS = [
     {"text": "<s>[INST] what color is the sky [/INST] blue </s>"},
     {"text": "<s>[INST] a [/INST] red </s><s>[INST] b [/INST] red </s>"},
 ]
+PAIR = {"prompt": [{"role": "user", "content": "a b c"}], "completion": [{"role": "assistant", "content": "red"}]}
+MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red"}]}
 
 
 @pytest.fixture
-def audit(tiny_model, tmp_path):
-    """Runs the audit on rows in the given way; returns the finished process and the report, if there is one."""
+def model(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
 
-    def run_audit(rows: list | None = None, *args, model=tiny_model):
-        data = write_rows(tmp_path / "rows.jsonl", rows) if rows else args[0]
-        command = ("--model_name_or_path", model, "--dataset_name", data, "--output", tmp_path / "audit.json")
-        result = run("audit_tokens.py", *command, *(args if rows else args[1:]), cwd=tmp_path)
-        file = tmp_path / "audit.json"
-        return result, json.loads(file.read_text()) if file.exists() else None
+
+@pytest.fixture
+def audit(model, tmp_path, monkeypatch, capsys):
+    """Audits rows with options of a training; returns what is said, and the report, None where something is wrong."""
+
+    def run_audit(rows: list, *args, held_out: list | None = None):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "rows").mkdir()
+        write_rows(tmp_path / "rows/train.jsonl", rows)
+        if held_out:
+            write_rows(tmp_path / "rows/validation.jsonl", held_out)
+            args = ("--dataset_test_split", "validation", *args)
+        command = ("--model_name_or_path", "model", "--dataset_name", "rows", "--output", "audit.json", *args)
+        try:
+            call("chain/audit_tokens.py", *command)
+            return capsys.readouterr().out, read(tmp_path / "audit.json")
+        except SystemExit as stop:
+            assert not (tmp_path / "audit.json").exists()
+            assert stop.code.startswith("error: ") and "\n" not in stop.code
+            return stop.code, None
 
     return run_audit
 
 
+def change(file, **settings) -> None:
+    """Changes keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+# What is learned ------------------------------------------------------------------------------------------------------
 def test_rows_that_begin_with_bos_keep_one_and_the_last_eos_is_learned(audit):
-    result, report = audit(TUTORIAL_ROWS * 4)
-    assert result.returncode == 0, result.stderr
+    said, report = audit(TUTORIAL_ROWS * 4)
     assert report["rows"] == 8 and report["tokenizer_adds_bos"] is True
     # 10 tokens, BOS and EOS among them, and 12: with a doubled BOS it would be one more each
     assert report["tokens"] == 4 * (10 + 12) == report["tokens_with_loss"]
-    assert "[[<s> [INST] a [/INST] red </s> <s> [INST] b [/INST] red </s>]]" in result.stdout
+    assert "[[<s> [INST] a [/INST] red </s> <s> [INST] b [/INST] red </s>]]" in said
 
 
 def test_only_completions_carry_loss(audit):
-    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "red"}]}]
-    result, report = audit(rows * 3)
-    assert result.returncode == 0, result.stderr
-    assert (report["tokens"], report["tokens_with_loss"]) == (3 * 6, 3 * 2)
-    assert "[[red </s>]]" in result.stdout
+    said, report = audit([PAIR] * 3)
+    assert (report["tokens"], report["tokens_with_loss"]) == (3 * 8, 3 * 2)
+    assert "<s> [INST] a b c [/INST][[red </s>]]" in said
+
+
+def test_texts_of_prompt_and_completion_are_taken_as_a_chat(audit):
+    said, report = audit([{"prompt": "a b c", "completion": "red"}])
+    assert (report["tokens"], report["tokens_with_loss"]) == (8, 2)
 
 
 def test_cut_rows_and_padding_are_counted(audit):
     rows = [{"text": "a"}] * 2 + [{"text": "a b c d e f"}] * 2
-    result, report = audit(rows, "--max_length", 5, "--train_sampling_strategy", "sequential")
-    assert result.returncode == 0, result.stderr
+    _, report = audit(rows, "--max_length", 5, "--train_sampling_strategy", "sequential")
     assert report["rows_cut_by_max_length"] == 2 and report["longest_row"] == 8
     assert report["padding_share"] == pytest.approx(4 / 20)  # 3 + 3 + 5 + 5 tokens in a batch of 4 x 5
+    assert (report["max_length"], report["batch_size"]) == (5, 4)
 
 
-def test_two_bos_stop_the_chain(audit, tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    template = model / "chat_template.jinja"
-    template.write_text("{{ bos_token + ' ' + bos_token + ' ' }}" + template.read_text())
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red"}]
-    result, report = audit([{"messages": messages}], model=model)
-    assert result.returncode == 1 and report is None
-    assert "1 rows begin with two BOS (first: row 1)" in result.stderr
-
-
-def test_an_eos_without_loss_stops_the_chain(audit, tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text().replace(" + eos_token", ""))
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red"}]
-    result, report = audit([{"messages": messages}], model=model)
-    assert result.returncode == 1 and report is None
-    assert "no </s> in the labels" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_options_of_the_training_are_taken_and_need_no_accelerator(audit):
-    args = ("--bf16", "true", "--padding_free", "true", "--packing", "true", "--token_metrics", "false", "--lora_r", 8)
-    result, report = audit([{"text": "a b c"}] * 4, *args)
-    assert result.returncode == 0, result.stderr
-    assert report["tokens"] == 4 * 5
-
-
-def test_prompts_that_fill_max_length_stop_the_chain(audit):
-    rows = [{"prompt": [{"role": "user", "content": "a b c"}], "completion": [{"role": "assistant", "content": "red"}]}]
-    result, report = audit(rows, "--max_length", 4)
-    assert result.returncode == 1 and report is None
-    assert "no token to learn from" in result.stderr
+def test_options_of_the_training_are_taken_and_need_no_accelerator(audit, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lora_r: 4\nper_device_train_batch_size: 2\n")
+    options = "--bf16 true --padding_free true --packing true --token_metrics false --lora_r 8 --eval_strategy steps"
+    _, report = audit([{"text": "a b c"}] * 4, "--config", "recipe.yaml", *options.split(), held_out=[{"text": "a"}])
+    assert report["tokens"] == 4 * 5 and report["batch_size"] == 2
 
 
 def test_the_tutorials_own_rows(tiny_model, tmp_path):
     if not GUANACO.exists():
         pytest.skip(f"the tutorial's data set is not at {GUANACO}")
     from transformers import AutoTokenizer
+    from trl import SFTConfig
 
-    script = load("audit_tokens.py")
+    script = load("chain/audit_tokens.py")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.pad_token = tokenizer.eos_token
-    rows = script.load_rows(str(GUANACO), "train")
-    assert len(rows) == 1000 and rows[0]["text"].startswith("<s>")
-    config = script.SFTConfig(str(tmp_path), max_length=None, bf16=False, report_to=[])
-    trainer = script.tokenize_rows(rows, tokenizer, config)
+    rows = load("02_train_lora.py").load_rows(str(GUANACO), "train", tokenizer, "text")
+    assert len(rows) == 1000 and rows[0]["text"].startswith("[INST]")  # its BOS is the tokenizer's now
+    config = SFTConfig(str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to=[])
+    trainer = script.tokenize_rows(rows, None, tokenizer, config)
     counts, problems = script.audit(trainer.train_dataset, tokenizer, 1024)
     assert problems == [] and counts["rows"] == 1000 and counts["tokenizer_adds_bos"]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+def test_two_bos_stop_the_chain(audit, model):
+    template = model / "chat_template.jinja"
+    template.write_text("{{ bos_token + ' ' + bos_token + ' ' }}" + template.read_text())
+    said, report = audit([MESSAGES])
+    assert report is None and "1 rows begin with two BOS (first: row 1)" in said
+
+
+def test_an_eos_without_loss_stops_the_chain(audit, model):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace(" + eos_token", ""))
+    said, report = audit([MESSAGES])
+    assert report is None and "no </s> in the labels" in said
+
+
+def test_prompts_that_fill_max_length_stop_the_chain(audit):
+    said, report = audit([PAIR], "--max_length", 4)
+    assert report is None and "1 rows have no token to learn from within --max_length (first: row 1)" in said
+
+
+def test_held_out_rows_without_a_token_to_measure_stop_the_chain(audit):
+    long = {"prompt": [{"role": "user", "content": "a " * 20}], "completion": PAIR["completion"]}
+    said, report = audit([PAIR], "--max_length", 10, held_out=[long] * 2)
+    assert report is None and "no held-out row has a token with loss within --max_length 10. Give a larger one." in said
+
+
+def test_one_such_row_among_others_does_not(audit):
+    long = {"prompt": [{"role": "user", "content": "a " * 20}], "completion": PAIR["completion"]}
+    _, report = audit([PAIR], "--max_length", 10, held_out=[long, PAIR])
+    assert report["rows"] == 1
+
+
+def test_a_file_has_no_rows_to_hold_out(audit, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [PAIR])
+    said, _ = audit([PAIR], "--dataset_name", file, "--dataset_test_split", "validation")
+    assert "a file has no split 'validation'. Give a folder with train.* and validation.* files." in said
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "said"),
+    [
+        ("tokenizer_config.json", {"eos_token": None}, "the tokenizer of 'model' has no EOS token"),
+        ("config.json", {"vocab_size": 4}, "the tokenizer of 'model' has tokens that the model has no embedding of"),
+        ("config.json", {"is_causal": False}, "'model' looks both ways"),
+        ("config.json", {"use_bidirectional_attention": True}, "'model' looks both ways"),
+    ],
+)
+def test_a_model_that_would_learn_something_else_is_refused(file, settings, said, audit, model):
+    change(model / file, **settings)
+    assert said in audit([PAIR], held_out=[PAIR])[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0. Give a number above 0."),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps"),
+        ("--max_length -5", "--max_length is -5"),
+        ("--learning_rate -1", "--learning_rate is -1.0"),
+        ("--learning_rate nan", "--learning_rate is nan"),
+        ("--num_train_epochs 0", "--num_train_epochs"),
+        ("--save_steps 0", "--save_steps"),
+        ("--weight_decay -1", "--weight_decay is -1.0: weights would grow. Give 0 or more."),
+        ("--save_only_model true", "--save_only_model is refused: nothing could go on"),
+        ("--ignore_data_skip true", "--ignore_data_skip is refused"),
+        ("--push_to_hub true", "--push_to_hub is refused"),
+        ("--hub_token hf_0123456789abcdefghij", "--hub_token is refused"),
+        ("--resume_from_checkpoint checkpoint-1", "--resume_from_checkpoint is refused"),
+        ("--no_such 1", "['--no_such', '1'] See --help."),
+        ("--lerning_rate 1", "'--lerning_rate'"),
+        ("--dataset_test train", "'--dataset_test'"),
+        ("--learning_rate fast", "invalid float value: 'fast'. See --help."),
+        ("--optim sgdd", "sgdd"),
+        ("--lr_scheduler_type flat", "flat"),
+        ("--config", "--config has no file after it"),
+        ("--config no.yaml", "no.yaml"),
+        ("--config rows", "rows"),
+        ("--config broken.yaml", "broken.yaml"),
+        ("--config list.yaml", "list.yaml must contain a YAML mapping"),
+        ("--config unknown.yaml", "Unknown arguments from config file: ['--lora_rr', '2']"),
+        ("--config word.yaml", "learning_rate"),
+        ("--config null.yaml", "--num_train_epochs"),
+    ],
+)
+def test_an_option_that_would_fail_later_is_refused(options, said, audit, tmp_path):
+    recipes = {"broken": "lora_r: [2\n", "list": "- 1\n", "unknown": "lora_rr: 2\n", "word": "learning_rate: fast\n"}
+    for name, text in {**recipes, "null": "num_train_epochs:\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    message, report = audit([PAIR], *options.split())
+    assert report is None and said in message and "0123456789" not in message
+
+
+def test_max_length_may_be_any(audit, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("max_length: null\n")
+    _, report = audit([PAIR], "--config", "recipe.yaml")
+    assert (report["max_length"], report["longest_row"], report["tokens"]) == (None, 8, 8)
+
+
+# As a step ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{{ raise_exception('a system message comes first') }}", "a system message comes first"),
+        ("{% for x", "template"),
+    ],
+)
+def test_what_the_template_says_of_the_rows_is_explained(content, said, model, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [MESSAGES])
+    (model / "chat_template.jinja").write_text(content)
+    options = ("--model_name_or_path", "model", "--dataset_name", "rows.jsonl")
+    script = ROOT / "scripts/chain/audit_tokens.py"
+    result = run("chain/run_step.py", "--reads", "model", "--", script, *options, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert said in result.stderr[result.stderr.index("error: ") :]
+    assert "Mend the rows or the chat template" in result.stderr

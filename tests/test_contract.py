@@ -1,24 +1,42 @@
-"""Each script stands alone: pins, imports, help."""
+"""Each script stands alone: pins, imports, help, length; and the runner needs Python alone."""
 
 import ast
+import difflib
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, load, run
+from conftest import ROOT, load, run
 
 if sys.version_info >= (3, 11):
     import tomllib
 
+SCRIPTS = sorted((ROOT / "scripts").glob("0*.py"))
+CHAIN = sorted((ROOT / "scripts/chain").glob("*.py"))
 SCRIPT_IDS = [script.name for script in SCRIPTS]
+OURS = {file.stem for file in (ROOT / "scripts").rglob("*.py")}
 # The package that an import needs, where its name is another.
 PACKAGES = {"dotenv": "python-dotenv", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
-# numpy comes with the packages that are pinned; 00_check_gpu.py probes what it imports.
-FREE = {"numpy"}
-CHOICE = 'os.environ["CUDA_VISIBLE_DEVICES"] = "0"'
-DEVICE_SCRIPTS = [script.name for script in SCRIPTS if CHOICE in script.read_text(encoding="utf-8")]
+MOST_LINES = {"00_check_gpu.py": 550, "06_pipeline_infer.py": 100}
+
+
+def list_imports(file) -> set[str]:
+    """Names of the modules that a file imports, also in its functions; without what is in them."""
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports from its own folder"
+            imported.add(node.module.split(".")[0])
+    return imported
+
+
+def count_lines(file) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
 
 
 def pins() -> set[str]:
@@ -28,30 +46,28 @@ def pins() -> set[str]:
     return {line.replace('"', "'") for line in lines if "==" in line}
 
 
-def header(script) -> dict:
-    text = script.read_text(encoding="utf-8")
-    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text)
-    assert block, f"{script.name} has no PEP 723 header"
-    return tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+def test_there_are_seven_scripts():
+    assert [name[:3] for name in SCRIPT_IDS] == [f"0{number}_" for number in range(7)]
+    assert not [file.name for file in (ROOT / "scripts").glob("*.py") if file not in SCRIPTS]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in Python 3.11 and newer")
 @pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
 def test_header_has_the_pins_of_env_for_all_that_is_imported(script):
-    stated = header(script)
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", script.read_text(encoding="utf-8"))
+    assert block, f"{script.name} has no PEP 723 header"
+    stated = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
     assert stated["requires-python"] == ">=3.10"
     assert set(stated["dependencies"]) <= pins()
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    imported = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            imported.add(node.module.split(".")[0])
-    foreign = {PACKAGES.get(name, name) for name in imported - set(sys.stdlib_module_names)} - FREE
     named = {re.match(r"[\w-]+", dependency)[0] for dependency in stated["dependencies"]}
-    assert foreign <= named
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    # What is imported in a function may be missing: a probe of 00_check_gpu.py, readline.
+    at_the_top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    at_the_top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    foreign = {name.split(".")[0] for name in at_the_top} - set(sys.stdlib_module_names)
+    assert {PACKAGES.get(name, name) for name in foreign} <= named
+    if script.name.startswith("00"):
+        assert not foreign
 
 
 def test_every_direct_dependency_is_pinned_exactly():
@@ -62,53 +78,87 @@ def test_every_direct_dependency_is_pinned_exactly():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
-def test_runs_alone_and_says_what_to_type(script, tmp_path):
-    shutil.copy(script, tmp_path)
-    result = run(tmp_path / script.name, "--help", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"python {script.name} " in result.stdout
+def test_a_script_imports_nothing_of_ours_and_nothing_that_only_unix_has(script):
+    source = script.read_text(encoding="utf-8")
+    assert not list_imports(script) & (OURS | {"fcntl", "resource", "select", "pwd", "grp", "termios"})
+    assert not re.search(r"spec_from_file_location|run_path|sys\.path\b", source)
+    guarded = set()
+    for node in ast.walk(ast.parse(source)):
+        suppresses = isinstance(node, ast.With) and "ImportError" in ast.unparse(node.items[0])
+        if suppresses or (isinstance(node, ast.Try) and "ImportError" in ast.unparse(node.handlers)):
+            guarded |= {child for child in ast.walk(node) if isinstance(child, ast.Import)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and "readline" in ast.unparse(node):
+            assert ast.unparse(node) in {ast.unparse(each) for each in guarded}
 
 
-def test_all_options_have_their_help_too(tmp_path):
-    for script in ("audit_tokens.py", "02_train_lora.py", "03_train_full.py"):
-        said = run(script, "--help_all", cwd=tmp_path).stdout
-        assert all(f"--{option}" in said for option in ("dataset_name", "learning_rate")), script
-        short = run(script, "--help", cwd=tmp_path).stdout
-        assert all(f"--{option}" in short for option in ("dataset_name", *load(script).PARAMETERS))
+def test_the_runner_is_two_files_that_need_python_alone():
+    found, left = set(), {"run_step"}
+    while left:
+        name = left.pop()
+        found.add(name)
+        imported = list_imports(ROOT / f"scripts/chain/{name}.py")
+        assert imported - OURS <= set(sys.stdlib_module_names)
+        left |= imported & OURS - found
+    assert len(found) <= 2, found
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
-def test_help_and_wrong_options_are_answered_before_what_takes_seconds_is_imported(script, tmp_path):
-    for option in ("--help", "--nonsense"):
-        if option == "--nonsense" and "parse_arguments()" not in script.read_text():
-            continue
-        (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-        result = run(script, option, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-        assert "torch was imported" not in result.stderr, option
-        assert (result.returncode == 0) is (option == "--help")
+def test_a_script_is_read_on_a_few_screens(script):
+    assert count_lines(script) <= MOST_LINES.get(script.name, 200)
 
 
-def test_the_audit_assumes_what_the_training_sets():
-    for script in ("02_train_lora.py", "03_train_full.py"):
-        assert load("audit_tokens.py").PARAMETERS.items() <= load(script).PARAMETERS.items()
+@pytest.mark.parametrize("file", CHAIN, ids=[file.name for file in CHAIN])
+def test_so_is_a_file_of_the_chain(file):
+    assert count_lines(file) <= 350
 
 
-def test_what_loads_a_model_chooses_one_accelerator():
-    assert len(DEVICE_SCRIPTS) == 6  # two trainings, merge, generate, pipeline, evaluate
+def test_the_tutorial_and_what_stands_around_it_are_short():
+    assert sum(map(count_lines, SCRIPTS)) <= 1500
+    assert sum(map(count_lines, CHAIN)) <= 2300
+
+
+@pytest.mark.parametrize("file", [*SCRIPTS, *CHAIN], ids=lambda file: file.name)
+def test_lines_fit_a_screen(file):
+    assert [line for line in file.read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+
+
+def test_training_with_and_without_lora_differ_in_what_lora_is():
+    lora, full = (
+        (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()
+        for name in ("02_train_lora.py", "03_train_full.py")
+    )
+    changes = [line for line in difflib.ndiff(lora, full) if line[0] in "+-"]
+    assert 0 < len(changes) <= 50, "what is not about LoRA stands in both, word for word"
+    if diff := shutil.which("diff"):
+        names = ("02_train_lora.py", "03_train_full.py")
+        shown = subprocess.run([diff, *names], cwd=ROOT / "scripts", capture_output=True, text=True).stdout
+        assert len(shown.splitlines()) <= 60, "the diff fits a screen"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=SCRIPT_IDS)
+def test_a_script_copied_into_an_empty_folder_says_what_to_type(script, tmp_path):
+    shutil.copy(script, tmp_path)
+    result = run(tmp_path / script.name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: {script.name} " in result.stdout
+    assert f"python {script.name}" in script.read_text(encoding="utf-8").split('"""')[1]  # a command to copy
+    assert [file.name for file in tmp_path.iterdir()] == [script.name]
+    # The tutorial's values are what the options are without being given.
+    options = [" ".join(option.split()) for option in re.split(r"\n  (?=-)", result.stdout)]
+    for name, value in getattr(load(script.name), "PARAMETERS", {}).items():
+        (option,) = [option for option in options if re.match(rf"--{name}\b", option)]
+        assert f"(default: {value})" in option
 
 
 @pytest.mark.parametrize(
     ("given", "seen"), [({}, "0"), ({"HIP_VISIBLE_DEVICES": "2"}, None), ({"LOCAL_RANK": "0"}, None)]
 )
-@pytest.mark.parametrize("script", DEVICE_SCRIPTS)
-def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(
-    script, given, seen, tmp_path, monkeypatch
-):
-    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in given.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.chdir(tmp_path)
-    source = (ROOT / "scripts" / script).read_text(encoding="utf-8")
-    exec(source[source.index("import argparse") : source.index("gc.disable()")], {"__name__": script})
-    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(given, seen, tmp_path):
+    (tmp_path / "script.py").write_text("import os\nprint(os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
+    chosen = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in chosen} | given
+    # -S: without the installed packages
+    command = [sys.executable, "-S", ROOT / "scripts/chain/run_step.py", "--", tmp_path / "script.py"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{seen}\n", "")

@@ -4,11 +4,12 @@ import re
 
 import pytest
 from conftest import ROOT, load
+from test_makefile import Project, change
 from transformers import LlamaConfig
 
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance")))
+    for name in ("README.md", *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance", "architecture")))
 }
 
 
@@ -32,7 +33,7 @@ def test_quoted_code_stands_in_a_script():
 
 
 def test_the_table_of_what_fits_is_what_the_script_says():
-    script, llama = load("00_check_gpu.py"), LlamaConfig().to_dict()
+    script, llama = load("chain/predict_memory.py"), LlamaConfig().to_dict()
     rows = re.findall(r"^\| (.+?) \| (\d) × (\d+) \| (.+) \|$", DOCUMENTS["docs/rocm.md"], re.M)
     assert len(rows) == 4 * len(script.METHODS)
     for label, batch, tokens, stated in rows:
@@ -57,3 +58,27 @@ def test_targets_and_files_exist(name):
     for file in re.findall(r"`(\d\d_\w+\.py)`|\]\((?!http)([^)#]+)\)", DOCUMENTS[name]):
         script, link = file
         assert (ROOT / "scripts" / script if script else (ROOT / name).parent / link).exists(), file
+
+
+def test_the_step_of_the_architecture_page_works_as_it_says(tmp_path):
+    project = Project(tmp_path)
+    text = DOCUMENTS["docs/architecture.md"]
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (rule,) = re.findall(r"```make\n(.*?)```", text, re.S)
+    (tmp_path / "scripts/07_count_words.py").write_text(script)
+    with (tmp_path / "Makefile").open("a") as file:
+        file.write(rule)
+    dataset = tmp_path / "outputs/dataset"
+    dataset.mkdir(parents=True)
+    (dataset / "run.json").write_text("{}")
+    (dataset / "train.jsonl").write_text("three more words\n")
+    python = tmp_path / ".venv/bin/python"
+    stand_in = python.read_text().replace("script=$1 folder", 'case "$*" in *07_*) exec python3 "$@" ;; esac; script=$1 folder')
+    python.write_text(stand_in)
+    said = [project.make("outputs/words/run.json") for _ in range(2)]
+    assert [result.returncode for result in said] == [0, 0], said[0].stderr
+    assert "3 words" in said[0].stdout and "3 words" not in said[1].stdout
+    names = {path.name for path in (tmp_path / "outputs/words").iterdir()}
+    assert {"words.txt", "run.json", "SHA256SUMS"} <= names
+    change(tmp_path / "scripts/07_count_words.py")
+    assert "3 words" in project.make("outputs/words/run.json").stdout

@@ -1,10 +1,9 @@
 """What docs/tutorial.md says of the tutorial's code and today's libraries, where no other test shows it already."""
 
-import json
-
 import pytest
 import torch
-from conftest import load, run
+from conftest import load
+from helpers import call, read
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -14,10 +13,9 @@ LORA = LoraConfig(r=4, task_type="CAUSAL_LM")
 
 
 def make_trainer(model, question_rows, tiny_model, folder):
-    rows = load("02_train_lora.py").load_rows(str(question_rows), "train")
-    config = SFTConfig(str(folder), bf16=False, max_steps=1, learning_rate=0.1, report_to=[], save_strategy="no")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.pad_token = tokenizer.eos_token
+    rows = load("02_train_lora.py").load_rows(str(question_rows), "train", tokenizer, "text")
+    config = SFTConfig(str(folder), bf16=False, max_steps=1, learning_rate=0.1, report_to=[], save_strategy="no")
     return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
 
 
@@ -63,15 +61,14 @@ def test_a_float16_checkpoint_is_trained_and_saved_in_float32(tiny_model, questi
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "half")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16  # where no dtype is given
 
-    command = ("--model_name_or_path", "half", "--dataset_name", question_rows, "--output_dir", "full")
-    steps = ("--max_steps", 4, "--save_steps", 2, "--optim", "adamw_torch")
-    result = run("03_train_full.py", *command, *steps, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    command = ("--model_name_or_path", tmp_path / "half", "--dataset_name", question_rows)
+    steps = ("--output_dir", tmp_path / "full", "--max_steps", 4, "--save_steps", 2, "--optim", "adamw_torch")
+    call("03_train_full.py", *command, *steps)
     weights = load_file(tmp_path / "full/model/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
     # Values of the tutorial that differ from SFTConfig's own, and the limit on checkpoints
-    arguments = json.loads((tmp_path / "full/run.json").read_text())["arguments"]
+    arguments = read(tmp_path / "full/run.json")["arguments"]
     expected = {"bf16": False, "gradient_checkpointing": False, "trust_remote_code": False, "logging_steps": 50}
     assert {key: arguments[key] for key in expected} == expected
     assert [folder.name for folder in (tmp_path / "full/checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]

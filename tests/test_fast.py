@@ -1,17 +1,17 @@
 """The recipe fast: what is chosen where, that it learns the same, and that packed rows do not see each other."""
 
-import json
-import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load, run, write_rows
+from conftest import ROOT, Process, load, run, write_rows
 from datasets import Dataset
+from helpers import call, read
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -27,7 +27,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-script = load("choose_fast.py")
+script = load("chain/choose_fast.py")
 # Exit status 0 where a recipe has a setting that is true, else 3.
 SPARING = "import sys, yaml\nsys.exit(0 if yaml.safe_load(open(sys.argv[1])).get(sys.argv[2]) else 3)"
 
@@ -66,7 +66,9 @@ def test_what_is_chosen_on_which_machine(monkeypatch):
 def test_the_other_settings_of_the_recipe_stay(tmp_path):
     for recipe, method in (("embedded.yaml", "lora"), ("embedded-full.yaml", "full")):
         base = ROOT / "env/recipes" / recipe
-        result = run("choose_fast.py", "--method", method, "--config", base, "--output", "out/fast.yaml", cwd=tmp_path)
+        result = run(
+            "chain/choose_fast.py", "--method", method, "--config", base, "--output", "out/fast.yaml", cwd=tmp_path
+        )
         assert result.returncode == 0, result.stderr
         written = yaml.safe_load((tmp_path / "out/fast.yaml").read_text())
         expected = {name: value for name, (value, _) in script.choose(method).items()}
@@ -83,7 +85,7 @@ def test_an_optimizer_of_another_kind_and_kernels_that_the_recipe_names_stay(tmp
     # However the recipe is written, what is written from it is one.
     (tmp_path / "base.yaml").write_text("{lora_r: 8, optim: paged_adamw_32bit, learning_rate: 1.0e-5}")
     command = ["--method", "lora", "--config", "base.yaml", "--output", "fast.yaml"]
-    assert run("choose_fast.py", *command, cwd=tmp_path).returncode == 0
+    assert run("chain/choose_fast.py", *command, cwd=tmp_path).returncode == 0
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert (written["lora_r"], written["optim"], written["learning_rate"]) == (8, "adamw_torch_fused", 1e-5)
 
@@ -105,7 +107,7 @@ def test_what_would_contradict_the_recipe_is_not_chosen(bf16, tmp_path, monkeypa
 
 def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     command = [sys.executable, "-c", SPARING, "fast.yaml", "gradient_checkpointing"]
-    result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
+    result = run("chain/choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
     assert result.returncode == 0 and "That does not fit." in result.stdout
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert written["gradient_checkpointing"] is True and written["optim"] == "adamw_torch_fused"
@@ -118,13 +120,13 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("status", "saves"), [(3, True), (5, False)])
 def test_the_status_of_the_command_is_passed_on_and_only_3_is_about_memory(status, saves, tmp_path):
     command = [sys.executable, "-c", f"raise SystemExit({status})"]
-    result = run("choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
+    result = run("chain/choose_fast.py", "--method", "lora", "--output", "fast.yaml", "--", *command, cwd=tmp_path)
     assert result.returncode == status
     assert ("gradient_checkpointing" in yaml.safe_load((tmp_path / "fast.yaml").read_text())) == saves
 
 
 def test_what_was_chosen_is_kept_if_it_may_be_chosen_still(tmp_path):
-    command = ["choose_fast.py", "--method", "lora", "--output", "fast.yaml"]
+    command = ["chain/choose_fast.py", "--method", "lora", "--output", "fast.yaml"]
     sparing = [sys.executable, "-c", SPARING, "fast.yaml", "gradient_checkpointing"]
     assert run(*command, "--", *sparing, cwd=tmp_path).returncode == 0
     sparing_recipe = (tmp_path / "fast.yaml").read_text()
@@ -147,21 +149,24 @@ def test_what_was_chosen_is_kept_if_it_may_be_chosen_still(tmp_path):
 def test_a_recipe_that_is_none_is_named(recipe, said, tmp_path):
     if recipe:
         (tmp_path / "base.yaml").write_text(recipe)
-    result = run("choose_fast.py", "--method", "lora", "--config", "base.yaml", "--output", "f.yaml", cwd=tmp_path)
+    result = run(
+        "chain/choose_fast.py", "--method", "lora", "--config", "base.yaml", "--output", "f.yaml", cwd=tmp_path
+    )
     assert result.returncode == 1 and result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
     assert not (tmp_path / "f.yaml").exists()
 
 
 @pytest.mark.parametrize(("trainer", "method"), [("02_train_lora.py", "lora"), ("03_train_full.py", "full")])
-def test_fast_learns_the_same(trainer, method, tiny_model, question_rows, tmp_path):
-    assert run("choose_fast.py", "--method", method, "--output", "fast.yaml", cwd=tmp_path).returncode == 0
+def test_fast_learns_the_same(trainer, method, tiny_model, question_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        call("chain/choose_fast.py", "--method", method, "--output", "fast.yaml")
     common = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--dataset_test_split", "validation"]
     common += ["--learning_rate", "0.003", "--num_train_epochs", "2", "--save_strategy", "no"]
     losses = {}
     for name, options in (("plain", ["--optim", "adamw_torch_fused"]), ("fast", ["--config", "fast.yaml"])):
-        result = run(trainer, *common, *options, "--output_dir", name, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        record = json.loads((tmp_path / name / "run.json").read_text())
+        call(trainer, *common, *options, "--output_dir", name)
+        record = read(tmp_path / name / "run.json")
         losses[name] = record["metrics"]["eval_loss"]
         if name == "fast":
             written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
@@ -174,17 +179,16 @@ def packed_batch(tiny_model, question_rows, tmp_path, monkeypatch) -> dict:
     """The first batch of 02_train_lora.py --packing true."""
     module, batches = load("02_train_lora.py"), []
 
-    class Trainer(module.PlainLossTrainer):
-        def compute_loss(self, model, inputs, **kwargs):
+    class Trainer(module.TokenLossTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
             batches.append({key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()})
-            return super().compute_loss(model, inputs, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(module, "PlainLossTrainer", Trainer)
+    monkeypatch.setattr(module, "TokenLossTrainer", Trainer)
     monkeypatch.chdir(tmp_path)
-    command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "packed"]
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", "packed"]
     command += ["--packing", "true", "--max_length", "64", "--max_steps", "1", "--per_device_train_batch_size", "2"]
-    monkeypatch.setattr("sys.argv", ["02_train_lora.py", *command])
-    module.main()
+    call("02_train_lora.py", *command)
     return batches[0]
 
 
@@ -238,14 +242,15 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a" + " b" * 20]})
     settings = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", bf16=False)
-    trainer = load(trainer).PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    trainer = load(trainer).TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    trainer.token_metrics = False
     (batch,) = trainer.get_train_dataloader()
     assert sorted(batch["attention_mask"].sum(1).tolist())[0] < batch["attention_mask"].shape[1]  # one is padded
     seen = []
     hook = model.register_forward_pre_hook(lambda model, args, inputs: seen.append(set(inputs)), with_kwargs=True)
 
     def measure(compute_loss, batch) -> tuple[float, list]:
-        loss = compute_loss(trainer, model.eval(), batch)
+        loss = compute_loss(trainer, model.train(), dict(batch))
         return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
     ours, gradients = measure(type(trainer).compute_loss, batch)
@@ -261,51 +266,32 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "options", "groups", "causal", "masked"),
-    [
-        ("cpu", "float32", {}, 2, True, False),
-        ("cuda", "float32", {}, 2, True, True),  # no fused kernel for keys that heads share
-        ("cuda", "float32", {}, 1, True, False),
-        ("cuda", "float32", {"bf16": True}, 2, True, False),
-        ("cuda", "bfloat16", {}, 2, True, False),
-        ("cuda before Ampere", "bfloat16", {}, 2, True, True),
-        ("cuda before Ampere", "bfloat16", {}, 1, True, False),
-        ("cpu", "float32", {}, 1, False, True),  # tokens look at the padding
-        ("cpu", "float32", {}, 1, None, True),  # all of its tokens do, by its config
-        ("cuda", "float32", {"bf16": True}, 1, False, True),
-    ],
+    ("device", "bf16", "masked"),
+    [("cpu", False, False), ("cpu", True, False), ("cuda", True, False), ("cuda", False, True)],
 )
-def test_the_mask_is_left_out_where_that_changes_nothing(
-    device, dtype, options, groups, causal, masked, tiny_model, tmp_path, monkeypatch
+@pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
+def test_the_mask_is_left_out_where_attention_has_a_fast_kernel_without(
+    trainer, device, bf16, masked, tiny_model, tmp_path, monkeypatch
 ):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
-    for layer in model.model.layers:
-        layer.self_attn.num_key_value_groups = groups
-    if causal is None:
-        model.config.is_causal = False
-    else:
-        model.model.layers[0].self_attn.is_causal = causal
+    model, tokenizer = (kind.from_pretrained(tiny_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a b"]})
-    settings = SFTConfig(output_dir=str(tmp_path), report_to="none", **{"bf16": False, "use_cpu": True} | options)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    script = load("02_train_lora.py")  # of which the other training has a copy
-    trainer = script.PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    settings = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=bf16)
+    trainer = load(trainer).TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+    trainer.token_metrics = False
     (batch,), seen = trainer.get_train_dataloader(), []
-    monkeypatch.setattr(type(trainer.args), "device", torch.device(device.split()[0]))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if "before" in device else (8, 0))
-    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs: seen.append(set(inputs)))
-    trainer.compute_loss(model, batch)
-    assert seen == [set(batch) - (set() if masked else {"attention_mask"})] and "attention_mask" in batch
+    monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
+    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs, *args: seen.append(set(inputs)))
+    trainer.compute_loss(model.train(), dict(batch))
+    assert seen == [set(batch) - (set() if masked else {"attention_mask"})]
 
 
 def test_the_peak_memory_is_that_of_the_process_and_not_of_its_parent():
-    source = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from conftest import load; "
-    source += "print(load('02_train_lora.py').peak_memory())"
-    parent = "import subprocess, sys; held = b'1' * 2**31; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, "-c", parent, source], capture_output=True, text=True, env=environment)
+    source = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts/chain')!r}); import run_step; "
+    source += "held = b'1' * 2**25; print(run_step.peak_memory())"
+    parent = "import subprocess, sys; held = b'1' * 2**29; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    result = subprocess.run([sys.executable, "-c", parent, source], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert 2**27 < int(result.stdout) < 2**31
+    assert 2**25 < int(result.stdout) < 2**28
 
 
 @pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
@@ -314,10 +300,12 @@ def test_an_attention_that_the_model_has_not_is_answered_by_one_that_it_has(trai
     BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bloom")
     write_rows(tmp_path / "rows.jsonl", [{"text": "a b c"}])
-    options = ["--dataset_name", "rows.jsonl", "--attn_implementation", "flash_attention_2", "--output_dir", "out"]
-    result = run(trainer, "--model_name_or_path", "bloom", *options, cwd=tmp_path)
+    options = ["--model_name_or_path", "bloom", "--dataset_name", "rows.jsonl"]
+    options += ["--attn_implementation", "flash_attention_2"]
+    step = ["out", "--reads", "bloom", "rows.jsonl", "--", ROOT / "scripts" / trainer, *options]
+    result = run("chain/run_step.py", *step, cwd=tmp_path)
     assert result.returncode == 1 and "does not support Flash Attention 2" in result.stderr
-    assert result.stderr.strip().endswith("Give another --attn_implementation, sdpa or eager (with make: in ARGS).")
+    assert result.stderr.strip().endswith("Give another --attn_implementation: sdpa or eager.")
 
 
 @pytest.mark.parametrize("trainer", ["02_train_lora.py", "03_train_full.py"])
@@ -332,23 +320,45 @@ def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
     script = load(trainer)
     for model, options, same in ((dense, {}, False), (dense, {"loss_type": "dft"}, True), (experts, {}, True)):
         settings = SFTConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **options)
-        trainer = script.PlainLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+        trainer = script.TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+        trainer.token_metrics = False
         (batch,) = trainer.get_train_dataloader()
-        trainer.model.eval()
+        trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1  # as a training sets it
         trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(20))
-        assert ("mean_token_accuracy" in trainer._metrics["eval"]) == same  # TRL counts it with its own loss
+        assert ("mean_token_accuracy" in trainer._metrics["train"]) == same  # TRL counts it with its own loss
 
 
-def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
+# The bench ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def bench(monkeypatch, tmp_path) -> dict:
+    """What bench/train_speed.py defines; its processes have imported their libraries already."""
+
+    def fork(command, cwd=tmp_path, **options) -> subprocess.CompletedProcess:
+        return Process(Path(command[1]), command[2:], cwd).wait()
+
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.chdir(tmp_path)
+    defined = runpy.run_path(str(ROOT / "bench/train_speed.py"))
+    names = defined["main"].__globals__
+    monkeypatch.setitem(names, "subprocess", SimpleNamespace(run=fork))
+    monkeypatch.setitem(names, "measure_matmul", lambda dtype: 1e12)  # which takes ten seconds
+    return defined
+
+
+def run_bench(bench: dict, monkeypatch, *args) -> None:
+    monkeypatch.setattr("sys.argv", ["train_speed.py", *map(str, args)])
+    bench["main"]()
+
+
+def test_the_bench_measures_what_it_names(bench, tiny_model, tmp_path, monkeypatch):
     texts = ["what color is a" + " b" * number for number in range(30, 42)]
     write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
     names = ["bare loop", "script, fast", "trl sft", "tutorial", "Trainer"]
     command = ["--model", tiny_model, "--data", "rows.jsonl", "--rows", "12", "--max_length", "40", "--rounds", "1"]
     command += ["--output_dir", "bench", *(part for name in names for part in ("--only", name))]
-    result = run(ROOT / "bench/train_speed.py", *command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "bench/speed.json").read_text())
+    run_bench(bench, monkeypatch, *command)
+    report = read(tmp_path / "bench/speed.json")
     table = {row["what"]: row for row in report["table"]}
     assert list(table) == names and (tmp_path / "bench/speed.png").is_file()
     tokens = report["machine"]["real_tokens"]
@@ -363,13 +373,6 @@ def test_the_bench_measures_what_it_names(tiny_model, tmp_path):
     for name, difference in (("script, fast", 0.01), ("tutorial", 1e-4), ("Trainer", 1e-4)):  # the same arithmetic
         assert table[name]["mean_loss"] == pytest.approx(table["trl sft"]["mean_loss"], rel=difference)
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
-
-
-@pytest.fixture
-def bench(monkeypatch) -> dict:
-    """What bench/train_speed.py defines."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return runpy.run_path(str(ROOT / "bench/train_speed.py"))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -407,19 +410,14 @@ def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, ben
 def test_what_the_bench_cannot_measure_is_named(options, said, bench, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "folder.v2").mkdir()
     write_rows(tmp_path / "numbers.jsonl", [{"number": number} for number in range(8)])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
     with pytest.raises(SystemExit) as stop:
-        bench["main"]()
+        run_bench(bench, monkeypatch, "--model", tiny_model, *options)
     assert stop.value.code.startswith(said) and "\n" not in stop.value.code
 
 
 def test_a_run_that_stops_short_is_no_measurement(bench, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a"}] * 8)
-    options = ["--data", "rows.jsonl", "--only", "bare loop", "--only", "Trainer", "--output_dir", "bench"]
-    monkeypatch.setattr("sys.argv", ["train_speed.py", "--model", str(tiny_model), *options])
-    main, asked = bench["main"], []
+    names, asked = bench["main"].__globals__, []
 
     def measure(command, python, folder):
         asked.append(Path(command[0]).stem)
@@ -427,23 +425,25 @@ def test_a_run_that_stops_short_is_no_measurement(bench, tiny_model, tmp_path, m
         steps = [1.0] if len(asked) == 3 else [1.0, 1.0]
         return {"step_seconds": steps, "first_step_at": 1.0, "peak_memory_bytes": 1, "losses": [1.0] * len(steps)}
 
-    monkeypatch.setitem(main.__globals__, "measure", measure)
+    monkeypatch.setitem(names, "measure", measure)
+    scripts = {"bare loop": (["bare_loop.py"], False), "Trainer": (["plain_trainer.py"], False)}
+    monkeypatch.setitem(names, "list_commands", lambda *args: scripts)
     with pytest.raises(SystemExit) as stop:
-        main()
+        run_bench(bench, monkeypatch, "--model", tiny_model, "--data", "rows.jsonl", "--output_dir", "bench")
     assert asked == ["bare_loop", "plain_trainer", "plain_trainer", "bare_loop"]
     assert stop.value.code == "error: Trainer failed, for the reason above."
     assert "failed: Trainer made 1 steps, not 2" in capsys.readouterr().err
-    table = json.loads((tmp_path / "bench/speed.json").read_text())["table"]
+    table = read(tmp_path / "bench/speed.json")["table"]
     assert [len(row["each_round"]) for row in table] == [2, 1]
 
 
-def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(tiny_model, tmp_path):
+def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(bench, tiny_model, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a" + " b" * number} for number in range(8)])
     command = ["--size", "tiny", "--model", tiny_model, "--data", "rows.jsonl", "--max_length", "40", "--rounds", "1"]
-    command += ["--output_dir", "bench", "--only", "script, fast", "--dtype", "bfloat16"]
-    result = run(ROOT / "bench/train_speed.py", *command, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads((tmp_path / "bench/speed.json").read_text())["table"]
+    command += ["--output_dir", "bench", "--only", "bare loop", "--dtype", "bfloat16"]
+    run_bench(bench, monkeypatch, *command)
+    (row,) = read(tmp_path / "bench/speed.json")["table"]
     assert row["tokens_per_second"] > 0 and 0 < row["mean_loss"] < 10
-    result = run(ROOT / "bench/train_speed.py", *command, "--only", "no such", cwd=tmp_path)
-    assert result.returncode == 1 and "there is no 'no such', but: 'bare loop', 'bare loop, fast', " in result.stderr
+    with pytest.raises(SystemExit) as stop:
+        run_bench(bench, monkeypatch, *command, "--only", "no such")
+    assert "there is no 'no such', but: 'bare loop', 'bare loop, fast', " in stop.value.code

@@ -8,11 +8,15 @@ import pytest
 from conftest import run, serve
 from huggingface_hub import ModelCard
 
+DATASET = {"name": "org/rows", "revision": "def", "license": "mit", "train": {"rows": 9, "sha256": "0"}}
 RUN = {
+    "script": "02_train_lora.py",
+    "options": {"config": "mine.yaml (0123abcd)"},
+    "inputs": {"dataset": {"sha256": "1", "record": {"dataset": DATASET}}},
     "base_model": {"name": "org/base", "revision": "abc", "license": "llama2"},
-    "dataset": {"name": "out/dataset", "rows": 9, "origin": {"name": "org/rows", "revision": "def", "license": "mit"}},
-    "recipe": "env/recipes/mine.yaml",
+    "dataset": {"name": "out/dataset", "rows": 9},
     "arguments": {
+        "model_name_or_path": "out/base-model",
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
         "per_device_train_batch_size": 4,
@@ -26,22 +30,24 @@ RUN = {
     },
     "packages": {"torch": "1.2.3"},
     "accelerator": "A chip",
-    "parameters": {"trainable": 1000, "total": 20000, "trainable_percent": 5.0},
+    "parameters": {"trainable": 1000, "total": 20000},
     "metrics": {
         "epoch": 1.5,
+        "step": 2,
         "train_loss": 2.25,
         "train_runtime": 60.0,
-        "tokens_per_second": 123.4,
+        "num_input_tokens_seen": 7404,
         "peak_memory_bytes": 2**31,
         "eval_loss": 1.75,
         "eval_tokens": 99,
     },
-    "history": [{"loss": 2.0}],
 }
-FULL = RUN | {"arguments": RUN["arguments"] | {"use_peft": False}}
-MERGED = {key: RUN[key] for key in ("base_model", "dataset")} | {
-    "adapter": {"name": "out/lora/adapter", "sha256": "0"},
-    "training": {key: RUN[key] for key in RUN if key not in ("base_model", "dataset", "history")},
+FULL = RUN | {"script": "03_train_full.py", "arguments": RUN["arguments"] | {"use_peft": False}}
+MERGED = {
+    "script": "04_merge_adapter.py",
+    "inputs": {"base-model": {"sha256": "2", "record": {}}, "lora": {"sha256": "3", "record": RUN}},
+    "base_model": RUN["base_model"],
+    "adapter": {"name": "out/lora/adapter"},
     "arguments": {"dtype": "bfloat16"},
     "check": {"largest_difference": 0.02, "tolerance": 0.5, "tokens": 9, "same_tokens": 9},
 }
@@ -58,12 +64,21 @@ def test_the_card_states_base_data_figures_licences_and_how_to_load(kind, tmp_pa
     folder = tmp_path / ("adapter" if kind == "adapter" else "model")
     folder.mkdir()
     (tmp_path / "run.json").write_text(json.dumps(record))
-    result = run("write_card.py", "run.json", cwd=tmp_path)
+    result = run("chain/write_card.py", "run.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.datasets, card.data.license) == ("org/base", ["org/rows"], "llama2")
     assert card.data.library_name == library
-    figures = ["1,000 of 20,000", "2.2500", "1.7500", "60 s, 123 tokens/s", "2.00 GiB", "A chip", "torch 1.2.3"]
+    figures = [
+        "1,000 of 20,000",
+        "2.2500",
+        "1.7500",
+        "60 s, 123 tokens/s",
+        "2.00 GiB",
+        "A chip",
+        "torch 1.2.3",
+        "mine.yaml",
+    ]
     sources = ["`org/base` (abc)", "9 rows of `org/rows` (def)", "Base model: llama2. Training data: mit."]
     for text in [*figures, *sources, *said, "| rows in a batch | 8 |"]:
         assert text in card.content, text
@@ -75,13 +90,15 @@ def test_the_card_claims_no_hub_names_for_what_is_not_on_a_hub(tmp_path):
     (tmp_path / "model").mkdir()
     local = FULL | {
         "base_model": {"name": "/home/me/mine", "sha256": "ab"},
-        "dataset": {"name": "my.jsonl", "rows": 9, "origin": None},
+        "dataset": {"name": "/home/me/my.jsonl", "rows": 9},
+        "inputs": {"my.jsonl": {"sha256": "cd", "record": {}}},
     }
     (tmp_path / "run.json").write_text(json.dumps(local))
-    assert run("write_card.py", "run.json", cwd=tmp_path).returncode == 0
+    assert run("chain/write_card.py", "run.json", cwd=tmp_path).returncode == 0
     card = ModelCard.load(tmp_path / "model/README.md")
     assert card.data.base_model is None and card.data.datasets is None and card.data.license is None
-    assert "`mine` (sha256 ab)" in card.content and "Base model: not recorded" in card.content
+    assert "`mine` (sha256 ab)" in card.content and "9 rows of `my.jsonl` (sha256 cd)" in card.content
+    assert "Base model: not recorded" in card.content
     assert "/home" not in card.content
 
 
@@ -141,7 +158,7 @@ def adapter(tmp_path):
 
 def push(adapter, address, *args, repo="user/name", token="hf_" + "secret" * 5):
     environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(adapter.parent), "HF_TOKEN": token}
-    return run("push_model.py", "--folder", adapter, "--repo_id", repo, *args, cwd=adapter.parent, **environment)
+    return run("chain/push_model.py", "--folder", adapter, "--repo_id", repo, *args, cwd=adapter.parent, **environment)
 
 
 def test_the_folder_is_uploaded_to_a_private_repository_and_nothing_else(adapter, hub):

@@ -1,9 +1,15 @@
 """The environment: what is found, what is installed for it, locks, Docker. Machines are folders with faked tools."""
 
+import contextlib
+import fcntl
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import termios
+import time
 import zipfile
 from pathlib import Path
 
@@ -30,11 +36,15 @@ MACHINES = {
     "tools without a device": ["opt/rocm/bin/amd-smi", "-usr/bin/nvidia-smi"],
 }
 
-# A Python whose environments log what pip is told, and have the torch that TORCH names.
+# A Python whose environments log what pip is told, and have the torch that TORCH names. When it is told AT, it does DO.
 PYTHON = """#!/usr/bin/env bash
 echo "${0##*/} $*" >> "$LOG"
+[[ ! ${AT-} || "$*" != *$AT* ]] || eval "$DO"
 case "$*" in
-    "-m venv "*) mkdir -p "${!#}/bin" "${!#}/lib/python3.12/site-packages"; cp "$0" "${!#}/bin/python" ;;
+    "-m venv "*)
+        mkdir -p "${!#}/bin" "${!#}/lib/python3.12/site-packages"; cp "$0" "${!#}/bin/python"
+        printf '#!%s\n' "$(realpath "${!#}")/bin/python" > "${!#}/bin/tool"; chmod +x "${!#}/bin/tool" ;;
+    *" install "*) echo "$*" > "${0%/*}/../lib/packages" ;;
     *"{}.{}"*) echo python3.12 ;;
     *"pip check") exit "${CHECK:-0}" ;;
     -) if [[ $0 = */bin/python ]]; then echo "${AFTER:-$TORCH}"; else echo "$TORCH"; fi ;;
@@ -52,16 +62,18 @@ def machine(folder: Path, name: str) -> Path:
     return folder
 
 
+DEFAULTS = {
+    "BACKEND": "auto",
+    "PYTHON": sys.executable,
+    "VENV": ".venv-none",
+    "TORCH_INDEX": "",
+    "TORCH_VERSION": "",
+}
+
+
 def setup(*args, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
-    defaults = {
-        "BACKEND": "auto",
-        "PYTHON": sys.executable,
-        "VENV": ".venv-none",
-        "TORCH_INDEX": "",
-        "TORCH_VERSION": "",
-    }
     command = ["bash", "env/setup.sh", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | defaults | variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=os.environ | DEFAULTS | variables, capture_output=True, text=True)
 
 
 def pip_commands(output: str) -> list[str]:
@@ -138,11 +150,16 @@ def test_torch_for_other_hardware_is_refused_before_anything_is_done(name, backe
         assert result.returncode == 0, result.stderr
 
 
-def stub_setup(tmp_path: Path, torch: str, name: str, **variables) -> subprocess.CompletedProcess:
-    """A whole setup with a stand-in for Python whose environments have a torch: its kind, version and folder."""
-    python = tmp_path / "python"
+def stand_in(python: Path) -> Path:
+    python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
+    return python
+
+
+def stub_setup(tmp_path: Path, torch: str, name: str, **variables) -> subprocess.CompletedProcess:
+    """A whole setup with a stand-in for Python whose environments have a torch: its kind, version and folder."""
+    python = stand_in(tmp_path / "python")
     root = machine(tmp_path / "root", name)
     places = {"LOG": str(tmp_path / "log"), "PYTHON": str(python), "VENV": str(tmp_path / "venv")}
     return setup("--root", root, TORCH=torch, **places, **variables)
@@ -230,11 +247,12 @@ def test_a_file_with_another_hash_is_not_installed(tmp_path):
     wheel(tmp_path, "stranger", "1")
     (project.folder / "env/locks/packages.txt").write_text(f"stranger==1 --hash=sha256:{'0' * 64}\n")
     base, _ = preinstall(tmp_path)
+    before = Environment(project.folder).contents()
     result = project.make(
         "setup", "BACKEND=preinstalled", f"PYTHON={base}/bin/python", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path)
     )
     assert result.returncode == 2 and "DO NOT MATCH THE HASHES" in result.stderr, result.stderr
-    assert not (project.folder / ".venv/installed").exists()
+    assert Environment(project.folder).contents() == before
 
 
 def test_a_lock_that_would_replace_the_preinstalled_torch_is_refused(tmp_path):
@@ -256,10 +274,7 @@ def test_make_in_a_dry_run_prints_the_commands_whatever_is_there(tmp_path):
 @pytest.mark.parametrize("change", ["env/locks/cpu.txt", "env/setup.sh", "TORCH_VERSION=2.12.1", "BACKEND=cpu"])
 def test_setup_runs_again_when_something_of_it_changed(change, tmp_path):
     project = Project(tmp_path)
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin/python3"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+    stand_in(tmp_path / "bin/python3")
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TORCH": "cpu 2.13.0+cpu /t/torch"}
     assert project.make("setup", **environment).returncode == 0 and not project.commands()
     arguments = [change] if "=" in change else []
@@ -272,10 +287,10 @@ def test_setup_runs_again_when_something_of_it_changed(change, tmp_path):
 
 def test_what_was_asked_for_holds_until_something_else_is(tmp_path):
     project = Project(tmp_path)
-    (tmp_path / ".venv.settings").write_text("PYTHON=python3 BACKEND=cuda TORCH_INDEX=cu126 TORCH_VERSION=\n")
-    (tmp_path / ".venv/installed").touch()
+    (tmp_path / ".venv/installed").write_text("PYTHON=python3 BACKEND=cuda TORCH_INDEX=cu126 TORCH_VERSION=\n")
     assert project.make("setup").stdout == ".venv is up to date\n"
-    assert "--index-url https://download.pytorch.org/whl/cu126" in project.make("-n", "setup").stdout
+    dry = project.make("-n", "setup", "TORCH_VERSION=2.12.1").stdout
+    assert "pip install --index-url https://download.pytorch.org/whl/cu126 torch==2.12.1" in dry
     assert "pip install --no-deps -r env/locks/cuda.txt" in project.make("-n", "setup", "TORCH_INDEX=").stdout
     assert project.make("setup", "BACKEND=nonsense").returncode == 2
     assert project.make("setup").stdout == ".venv is up to date\n"  # what was refused is forgotten
@@ -286,6 +301,419 @@ def test_pins_that_do_not_fit_together_end_the_setup(variables, ends, tmp_path):
     result = stub_setup(tmp_path, "rocm 2.12.1 /t/torch", "AMD", CHECK="1", **variables)
     assert (tmp_path / "venv/installed").exists() is not ends
     assert ("error: the pinned packages do not fit together" if ends else "warning: this torch") in result.stderr
+
+
+# What was there before ------------------------------------------------------------------------------------------------
+
+
+class Environment:
+    """A checkout, without its Makefile, and an environment that is made from it with a stand-in for Python."""
+
+    def __init__(self, folder: Path, venv: str = ".venv"):
+        self.folder, self.name, self.venv = folder, venv, folder / venv
+        self.old, self.log = Path(f"{self.venv}.old"), folder / "log"
+
+    def variables(self, **variables: str) -> dict[str, str]:
+        torch = {"BACKEND": "cpu", "TORCH": "cpu 2.13.0+cpu /t/torch", "LOG": str(self.log)}
+        return os.environ | DEFAULTS | torch | {"PYTHON": "./python", "VENV": self.name} | variables
+
+    def setup(self, *args: str, **variables: str) -> subprocess.CompletedProcess:
+        command = ["bash", "env/setup.sh", "--root", "root", *args]
+        environment = self.variables(**variables)
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+    def fail(self, **variables: str) -> None:
+        """A setup for something else than what is there, without an index."""
+        variables = {"TORCH_VERSION": "2.12.1", "AT": "pip install", "DO": "exit 1"} | variables
+        assert self.setup(**variables).returncode == 1
+
+    def start(self, *command: str, pass_fds: tuple = (), **variables: str) -> subprocess.Popen:
+        """Starts a setup that stays in pip, in a session of its own, and waits until it is there."""
+        reached = self.folder / "reached"
+        stay = {"AT": "pip install", "DO": "echo $$ > reached.part; mv reached.part reached; exec sleep 60"}
+        environment = self.variables(**stay | variables)
+        process = subprocess.Popen(
+            command or ["bash", "env/setup.sh", "--root", "root"], cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, pass_fds=pass_fds,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        while not reached.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        self.pip, self.session = int(reached.read_text()), process.pid
+        reached.unlink()
+        return process
+
+    def unlocked(self) -> None:
+        """Waits for the end of what a killed setup has left running."""
+        with Path(f"{self.venv}.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+    def contents(self) -> dict:
+        files = {file.relative_to(self.venv): file for file in self.venv.rglob("*") if file.is_file()}
+        return {name: (file.stat().st_mode, file.stat().st_mtime_ns, file.read_bytes()) for name, file in files.items()}
+
+    def check(self, before: dict | None = None) -> None:
+        """It is there alone, whole, the same as before if that is given, and its scripts run."""
+        assert not self.old.exists()
+        assert (self.venv / "installed").exists() and (before is None or self.contents() == before)
+        subprocess.run([self.venv / "bin/tool", "runs"], env=self.variables(), check=True)
+        assert self.log.read_text().endswith(f"python {self.venv}/bin/tool runs\n")
+
+
+def checkout(folder: Path) -> Path:
+    shutil.copytree(ROOT / "env", folder / "env")
+    stand_in(folder / "python")
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path) -> Environment:
+    environment = Environment(checkout(tmp_path / "checkout"))
+    assert environment.setup().returncode == 0
+    environment.check()
+    return environment
+
+
+def session(number: int) -> list[int]:
+    """The processes of a session that run."""
+    processes = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status, _, _, of = stat.read_text().rsplit(") ", 1)[1].split()[:4]
+            if int(of) == number and status != "Z":
+                processes.append(int(stat.parent.name))
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("told", "does"),
+    [
+        ("-m venv", "exit 1"),
+        ("pip install --no-deps --extra-index-url", "exit 1"),
+        ("packages.txt", "rm -r .venv/lib; exit 1"),
+        ("packages.txt", "kill -KILL $$"),
+        ("pip check", "exit 1"),
+        ("pip check", "ln -s /dev/full .venv/settings"),
+        ("-m venv", "mkdir -p .venv; ln -s /dev/full .venv/bin; exit 1"),
+    ],
+)
+def test_a_setup_that_fails_leaves_the_environment_that_was_there(told, does, made):
+    before = made.contents()
+    result = made.setup(AT=told, DO=does)
+    assert result.returncode != 0 and ".venv is again what it was before" in result.stderr
+    made.check(before)
+    assert made.setup(TORCH="rocm 2.13.0 /t/torch", BACKEND="cuda").returncode != 0
+    made.check(before)
+    assert made.setup(BACKEND="nonsense").returncode != 0 and made.setup(PYTHON="no-python").returncode != 0
+    made.check(before)
+    assert made.setup().returncode == 0
+    made.check()
+    assert made.contents() != before
+
+
+# Read by bash before the script: kills it before its command KILL, of those it runs while there are two environments.
+KILLER = """
+if [ "${0##*/}" = setup.sh ] && [ "${KILL-}" ]; then
+    moment=0
+    set -o functrace
+    trap '[ ! -e "$VENV.old" ] || ((++moment != KILL)) || kill -KILL $$' DEBUG
+fi
+"""
+
+
+def test_a_setup_that_is_killed_at_any_moment_leaves_an_environment_or_the_next_call_brings_it_back(made):
+    (made.folder / "killer").write_text(KILLER)
+    kill, old, new = 0, 0, 0
+    while True:
+        before, kill = made.contents(), kill + 2
+        killed = made.setup(BASH_ENV="killer", KILL=str(kill))
+        made.unlocked()
+        made.fail()
+        made.check()
+        if made.contents() == before:
+            old += 1
+        else:
+            new += 1
+            assert set(made.contents()) == set(before)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL
+    assert old > 20 and new > 2
+
+
+def test_what_brings_an_environment_back_may_be_killed_too(made):
+    (made.folder / "killer").write_text(KILLER)
+    before, kill, killed = made.contents(), 0, None
+    while killed is None or killed.returncode == -signal.SIGKILL:
+        kill += 3
+        made.setup(AT="packages.txt", DO="kill -KILL $PPID")
+        made.unlocked()
+        killed = made.setup(BASH_ENV="killer", KILL=str(kill), TORCH_VERSION="2.12.1", AT="pip install", DO="exit 1")
+        made.unlocked()
+        made.fail()
+        made.check(before)
+    assert killed.returncode == 1 and kill > 40
+
+
+# Kills who calls it when it has removed the first thing, or all but the last, or of one folder the files.
+RM = """#!/usr/bin/env bash
+[ -e "${!#}" ] || exit 0
+[ $# = 2 ] || { /bin/rm "${@:1:${FIRST:-$#-1}}"; kill -KILL $PPID; }
+/bin/rm "$2"/*
+kill -KILL $PPID
+"""
+
+
+@pytest.mark.parametrize("first", ["", "2"])
+def test_a_removal_may_be_killed_too(first, made):
+    rm = made.folder / "bin/rm"
+    rm.parent.mkdir()
+    rm.write_text(RM)
+    rm.chmod(0o755)
+    path = f"{rm.parent}:{os.environ['PATH']}"
+    for _ in range(2):
+        before = made.contents()
+        assert made.setup(PATH=path, FIRST=first).returncode == -signal.SIGKILL  # in the removal of the old one
+        after = made.contents()
+        assert after != before and made.old.exists()
+        killed = made.setup(TORCH_VERSION="2.12.1", AT="pip install", DO="exit 1", PATH=path, FIRST=first)
+        assert killed.returncode == -signal.SIGKILL
+        made.fail()
+        made.check(after)
+    made.setup(PATH=path, FIRST=first)
+    shutil.rmtree(made.venv)
+    made.fail()
+    assert not made.venv.exists() and not made.old.exists()  # half of an old one is not brought back
+
+
+def test_a_new_environment_that_cannot_be_removed_does_not_cost_the_old_one(made):
+    rm = made.folder / "bin/rm"
+    stand_in(rm).write_text('#!/bin/sh\ncase "$*" in *.venv) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    before = made.contents()
+    for _ in range(2):
+        made.fail(PATH=f"{rm.parent}:{os.environ['PATH']}")
+        assert made.old.exists() and not (made.venv / "installed").exists()
+    made.fail()
+    made.check(before)
+
+
+def test_an_interrupted_setup_brings_back_what_was_there_and_goes_no_further_if_that_is_asked_for(made):
+    before = made.contents()
+    made.setup(TORCH_VERSION="2.12.1", AT="packages.txt", DO="kill -KILL $PPID")
+    assert made.old.exists() and not (made.venv / "installed").exists()
+    made.log.unlink()
+    result = made.setup()
+    assert result.returncode == 0 and "is again what it was before" in result.stderr and not made.log.exists()
+    made.check(before)
+    made.setup(AT="packages.txt", DO="kill -KILL $PPID")
+    later = (made.old / "installed").stat().st_mtime + 1
+    os.utime(made.folder / "env/locks/cpu.txt", (later, later))
+    assert made.setup().returncode == 0
+    made.check()
+    assert made.contents() != before
+
+
+@pytest.mark.parametrize(
+    ("number", "does"),
+    [
+        (signal.SIGTERM, "exec sleep 60"),
+        (signal.SIGHUP, "exec sleep 60"),
+        (signal.SIGINT, "exec sleep 60"),
+        (signal.SIGTERM, "(trap '' INT; exec sleep 60)"),  # what pip began, which is deaf
+    ],
+)
+def test_a_signal_ends_the_setup_soon_and_what_was_there_comes_back(number, does, made):
+    before = made.contents()
+    process = made.start(DO=f"echo $$ > reached.part; mv reached.part reached; {does}")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130 and "is again what it was before" in said.splitlines()[-1]
+    assert not session(process.pid)
+    made.check(before)
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    project = Project(tmp_path)
+    stand_in(tmp_path / "python")
+    project.environment = Environment(tmp_path)
+    project.before = project.environment.contents()
+    return project
+
+
+MAKE = ["make", "setup", "BACKEND=cpu", "PYTHON=./python", "TORCH_VERSION=2.12.1"]
+CLEAN = {"MAKEFLAGS": "", "MAKELEVEL": "", "BACKEND": "", "PYTHON": ""}
+
+
+def press_ctrl_c(environment: Environment, **variables: str) -> int:
+    """Status of a setup through Make in a terminal of its own, in which Ctrl-C is pressed when it stays somewhere."""
+    terminal, end = os.openpty()
+    code = f"import fcntl, os; fcntl.ioctl({end}, {termios.TIOCSCTTY}, 0); [os.dup2({end}, n) for n in range(3)];"
+    command = [sys.executable, "-c", f"{code} os.execvp('make', {MAKE})"]
+    make = environment.start(*command, pass_fds=(end,), **CLEAN, **variables)
+    os.write(terminal, b"\x03")
+    status = make.wait(timeout=10)
+    os.close(terminal), os.close(end)
+    return status
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGTERM"])
+def test_a_signal_to_make_ends_the_setup_and_what_was_there_comes_back(way, project):
+    if way == "Ctrl-C":
+        assert press_ctrl_c(project.environment) == -signal.SIGINT
+    else:
+        make = project.environment.start(*MAKE, **CLEAN)
+        make.terminate()
+        assert make.communicate(timeout=10) and make.returncode in (2, -signal.SIGTERM)
+    assert not session(project.environment.session)
+    assert project.environment.contents() == project.before and not project.environment.old.exists()
+    assert project.make("setup").stdout == ".venv is up to date\n"  # what was asked for is forgotten
+
+
+def test_ctrl_c_during_the_removal_of_the_old_environment_leaves_the_new_one(project):
+    rm = project.folder / "bin/rm"
+    stand_in(rm).write_text(
+        """#!/usr/bin/env bash
+        [ ! -e "${!#}" ] || { echo $$ > reached.part; mv reached.part reached; sleep 0.3; }
+        exec /bin/rm "$@"
+        """
+    )
+    press_ctrl_c(project.environment, PATH=f"{rm.parent}:{os.environ['PATH']}", AT="no such thing")
+    project.environment.check()
+    assert project.make("setup").stdout == ".venv is up to date\n"
+    assert "TORCH_VERSION=2.12.1" in (project.folder / ".venv/installed").read_text()
+
+
+def test_make_brings_back_what_was_there_after_a_kill(project):
+    def kill() -> None:
+        make = project.environment.start(*MAKE, **CLEAN)
+        for process in sorted(session(make.pid)):
+            os.kill(process, signal.SIGKILL)
+        make.communicate()
+        project.environment.unlocked()
+        assert project.environment.old.exists() and not (project.folder / ".venv/installed").exists()
+
+    (project.folder / ".venv/installed").write_text("PYTHON=python3 BACKEND=cpu TORCH_INDEX=cpu TORCH_VERSION=\n")
+    before = project.environment.contents()
+    kill()
+    result = project.make("setup")
+    assert result.returncode == 0 and "pip" not in result.stdout and result.stdout.endswith(".venv is up to date\n")
+    assert project.environment.contents() == before
+    kill()
+    assert project.make(*MAKE[1:], AT="pip install", DO="exit 1").returncode == 2
+    assert project.environment.contents() == before
+    assert project.make("setup").stdout == ".venv is up to date\n"
+    kill()
+    assert project.make("distclean").returncode == 0
+    assert not list(project.folder.glob(".venv*"))
+
+
+def test_only_one_setup_runs_and_one_that_was_killed_ends_with_its_pip(made):
+    before = made.contents()
+    process = made.start()
+    for end in (lambda: None, process.kill):
+        end()
+        result = made.setup()
+        assert result.returncode == 1 and result.stderr.startswith("error: another process is making .venv. Wait")
+        assert made.old.exists() and not (made.venv / "installed").exists()
+    process.communicate(os.kill(made.pip, signal.SIGTERM))
+    made.unlocked()
+    made.fail()
+    made.check(before)
+
+
+def test_a_dry_run_changes_nothing_after_an_interrupted_setup(made):
+    def state():
+        return {file: file.lstat().st_mtime_ns for file in made.folder.rglob("*") if file != made.log}
+
+    made.setup(AT="packages.txt", DO="kill -KILL $PPID")
+    before = state()
+    result = made.setup("--dry-run")
+    assert result.returncode == 0 and "+ mkdir -p .venv\n" in result.stdout
+    assert state() == before
+    made.setup()
+    assert "+ mv .venv .venv.old\n" in made.setup("--dry-run").stdout
+
+
+# Checkouts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_environment_that_another_checkout_made_is_refused(interrupted, tmp_path):
+    one, other = (Environment(checkout(tmp_path / name), str(tmp_path / "venv")) for name in ("one", "other"))
+    assert one.setup().returncode == 0
+    before = one.contents()
+    if interrupted:
+        one.setup(AT="packages.txt", DO="kill -KILL $PPID")
+    state = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("venv*/*")}
+    for args in ([], ["--dry-run"], ["--remove"]):
+        result = other.setup(*args)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert f"venv was made from {one.folder}, and this is {other.folder}. Name another: make VENV=" in result.stderr
+        assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("venv*/*")} == state
+    one.fail()
+    one.check(before)
+    assert one.setup("--remove").returncode == 0
+    assert not list(tmp_path.glob("venv*"))
+    assert other.setup().returncode == 0
+    other.check()
+
+
+def test_a_checkout_that_was_moved_makes_its_environment_anew(made):
+    moved = Environment(made.folder.rename(made.folder.parent / "moved"))
+    before = moved.contents()
+    moved.fail()
+    assert moved.contents() == before
+    assert moved.setup().returncode == 0
+    moved.check()
+    # Neither a copy, nor what is outside.
+    copy = Environment(Path(shutil.copytree(moved.folder, moved.folder.parent / "copy")))
+    assert f"was made from {moved.folder}, and this is {copy.folder}" in copy.setup().stderr
+    moved.name = str(moved.folder.parent / "outside")
+    assert moved.setup().returncode == 0
+    gone = moved.folder.rename(moved.folder.parent / "again")
+    again = Environment(gone, moved.name)
+    assert f"outside was made from {moved.folder}, and this is {gone}" in again.setup().stderr
+
+
+def test_an_environment_from_before_checkouts_were_recorded_is_ours_inside_the_checkout(made, tmp_path):
+    (made.venv / "checkout").unlink()
+    outside = made.venv.rename(tmp_path / "outside")
+    result = made.setup(VENV=str(outside))
+    assert f"outside was made from another checkout, and this is {made.folder}" in result.stderr
+    (made.folder / ".venv").symlink_to(outside)
+    assert "was made from another checkout" in made.setup().stderr
+    (made.folder / ".venv").unlink()
+    outside.rename(made.venv)
+    assert made.setup().returncode == 0
+    made.check()
+
+
+@pytest.mark.parametrize("name", [".venv", ".venv.old"])
+def test_a_folder_that_the_makefile_did_not_make_is_refused(name, tmp_path):
+    environment = Environment(checkout(tmp_path / "checkout"))
+    (environment.folder / name).mkdir()
+    (environment.folder / name / "mine").touch()
+    for args in ([], ["--remove"]):
+        result = environment.setup(*args)
+        assert result.returncode == 1 and f"{name} is there and was not made by this Makefile" in result.stderr
+    assert (environment.folder / name / "mine").exists()
+    (environment.folder / name / "mine").unlink()
+    (environment.folder / name).rename(tmp_path / "disk")  # an empty folder is nobody's, a link to it is somebody's
+    (environment.folder / name).symlink_to(tmp_path / "disk")
+    assert f"{name} is there and was not made by this Makefile" in environment.setup().stderr
+
+
+@pytest.mark.parametrize("name", ["/", ""])
+def test_the_root_is_no_environment(name, tmp_path):
+    assert "VENV names no folder" in setup("--dry-run", "--root", tmp_path, VENV=name).stderr
+
+
+def test_a_slash_at_the_end_of_the_name_changes_nothing(made):
+    before = made.contents()
+    made.fail(VENV=".venv/")
+    made.check(before)
 
 
 # Locks ----------------------------------------------------------------------------------------------------------------

@@ -1,221 +1,295 @@
-"""02_train_lora.py, plot_loss.py, evaluate.py and 05_generate.py on a tiny model: what they learn, leave and refuse."""
+"""02_train_lora.py and 05_generate.py on a tiny model: what they learn, leave and say."""
 
 import json
 import shutil
+import signal
 
 import pytest
-from conftest import check_refusal, load, run, write_rows
+import torch
+from conftest import ROOT, check_refusal, load, run, start, write_rows
+from datasets import Dataset
+from helpers import call, measure, read, read_losses, read_rows
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 FAST = ["--learning_rate", "0.01", "--optim", "adamw_torch", "--logging_steps", "5", "--lora_dropout", "0"]
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def train(model, data, output, *args):
-    return run(
-        "02_train_lora.py",
-        *("--model_name_or_path", model, "--dataset_name", data, "--output_dir", output, *FAST, *args),
-        cwd=output.parent,
-    )
+    command = ("--model_name_or_path", model, "--dataset_name", data, "--output_dir", output)
+    call("02_train_lora.py", *command, *FAST, *args)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, question_rows, tmp_path_factory):
-    """Output folder of 15 epochs on the color questions."""
-    output = tmp_path_factory.mktemp("trained") / "lora"
-    result = train(tiny_model, question_rows, output, "--num_train_epochs", "15", "--lora_target_modules", "all-linear")
+    """Output folder of 15 epochs on the color questions, by a script that was copied out."""
+    folder = tmp_path_factory.mktemp("trained")
+    script = shutil.copy(ROOT / "scripts/02_train_lora.py", folder)
+    command = ("--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", "lora", *FAST)
+    args = ("--num_train_epochs", 15, "--lora_target_modules", "all-linear", "--dataset_test_split", "validation")
+    result = run(script, *command, *args, cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert "trainable params: " in result.stdout and "'loss': " in result.stderr + result.stdout
-    return output
+    counts = read(folder / "lora/run.json")["parameters"]
+    assert f"trainable params: {counts['trainable']:,} || all params: {counts['total']:,} || " in result.stdout
+    assert "'loss': " in result.stderr + result.stdout
+    return folder / "lora"
 
 
-def test_the_result_is_what_the_tutorial_lists_and_a_record(trained, tiny_model):
+@pytest.fixture
+def uneven_rows(question_rows, tmp_path):
+    """Folder with the training rows, and held-out rows whose prompts and completions are of many lengths."""
+    folder = shutil.copytree(question_rows, tmp_path / "uneven")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "what color is the" + " x" * number}],
+            "completion": [{"role": "assistant", "content": " ".join(["red", *"abcdef"[: number % 5]])}],
+        }
+        for number in range(11)
+    ]
+    write_rows(folder / "validation.jsonl", rows)
+    return folder
+
+
+def test_the_result_is_what_the_tutorial_lists_and_a_record(trained, tiny_model, question_rows):
+    assert {path.name for path in trained.iterdir()} == {"adapter", "checkpoints", "run.json"}
     adapter = {file.name for file in (trained / "adapter").iterdir()}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= adapter
     assert list((trained / "checkpoints").glob("runs/*/events.out.tfevents.*"))
-    record = json.loads((trained / "run.json").read_text())
-    assert record["base_model"]["name"] == str(tiny_model) and len(record["base_model"]["sha256"]) == 64
-    assert record["dataset"]["rows"] == 28 and len(record["dataset"]["sha256"]) == 64
+    record = read(trained / "run.json")
+    assert record["base_model"] == {"name": str(tiny_model)}
+    assert record["dataset"] == {"name": str(question_rows), "rows": 28}
     assert record["arguments"]["lora_r"] == 64 and record["arguments"]["seed"] == 42
-    assert record["packages"].keys() >= {"torch", "transformers", "trl", "peft"}
     assert 0 < record["parameters"]["trainable"] < record["parameters"]["total"]
-    assert record["metrics"]["tokens_per_second"] > 0
-    assert 2**27 < record["metrics"]["peak_memory_bytes"] < 2**33
-    # 28 rows of 10 to 17 tokens, 15 times, padding not counted
-    tokens = record["metrics"]["tokens_per_second"] * record["metrics"]["train_runtime"]
-    assert 28 * 10 * 15 < tokens < 28 * 20 * 15
+    assert record["quantization"] is None
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    chats = [row["prompt"] + row["completion"] for row in read_rows(question_rows / "train.jsonl")]
+    tokens = sum(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats)
+    assert record["history"][-1]["num_input_tokens_seen"] == 15 * tokens  # padding is not counted
 
 
-def test_the_loss_falls_and_the_answers_become_right(trained, tiny_model, question_rows, tmp_path):
-    losses = [entry["loss"] for entry in json.loads((trained / "run.json").read_text())["history"] if "loss" in entry]
+def test_the_loss_falls_and_the_answers_become_right(trained, tiny_model, question_rows):
+    losses = read_losses(trained)
     assert losses[-1] < 0.2 * losses[0]
-    result = run(
-        "evaluate.py",
-        *("--base_model", tiny_model, "--models", trained / "adapter", "--dataset_name", question_rows),
-        *("--max_new_tokens", 4, "--output_dir", tmp_path / "report"),
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "report/evaluation.json").read_text())
-    base, lora = report["models"]
-    assert (base["name"], lora["name"]) == ("base", "lora")
-    assert lora["loss"] < 0.5 * base["loss"]
-    assert report["tokens"] == 8  # the color and the EOS of four answers
-    assert [answer.strip() for answer in lora["answers"]] == ["blue", "green", "red", "red"]
-    assert base["answers"] != lora["answers"]
-    text = (tmp_path / "report/evaluation.md").read_text()
-    assert f"| lora | {lora['loss']:.4f} |" in text and "what color is the sky" in text
+    generate = load("05_generate.py")
+    model, tokenizer = generate.load_model(str(trained / "adapter"), None, "float32")
+    questions = [row["prompt"] for row in read_rows(question_rows / "validation.jsonl")]
+    answers = generate.generate(model, tokenizer, questions, False, max_new_tokens=4, do_sample=False)
+    assert [answer.strip() for answer in answers] == ["blue", "green", "red", "red"]
+
+    metrics = read(trained / "run.json")["metrics"]
+    loss, tokens = measure(model, tokenizer, question_rows / "validation.jsonl")
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-6)
+    assert metrics["eval_tokens"] == tokens == 8  # the color and the EOS of four answers
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert loss < 0.5 * measure(base, tokenizer, question_rows / "validation.jsonl")[0]
 
 
-def test_two_runs_are_equal_to_the_bit(tiny_model, question_rows, tmp_path):
-    for name in ("one", "two"):
-        result = train(tiny_model, question_rows, tmp_path / name, "--max_steps", "6", "--logging_steps", "1")
-        assert result.returncode == 0, result.stderr
-    histories = [json.loads((tmp_path / name / "run.json").read_text())["history"][:-1] for name in ("one", "two")]
-    losses = [[(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history] for history in histories]
-    assert len(losses[0]) == 6 and losses[0] == losses[1]
-    weights = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
+def test_a_held_out_loss_is_that_of_all_tokens_whatever_the_batches(tiny_model, uneven_rows, tmp_path):
+    evaluate = ("--max_steps", 2, "--dataset_test_split", "validation", "--eval_strategy", "steps", "--eval_steps", 1)
+    found = {}
+    for options in ("1", "3", "16", "3 --token_metrics true"):
+        size, *others = options.split()
+        train(tiny_model, uneven_rows, tmp_path / "lora", *evaluate, "--per_device_eval_batch_size", size, *others)
+        history = read(tmp_path / "lora/run.json")["history"]
+        found[options] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        assert len(found[options]) == 3
+        assert found[options] == pytest.approx(found["1"], rel=1e-6)
+    model, tokenizer = load("05_generate.py").load_model(str(tmp_path / "lora/adapter"), None, "float32")
+    loss, tokens = measure(model, tokenizer, uneven_rows / "validation.jsonl")
+    assert found["1"][1:] == pytest.approx([loss, loss], rel=1e-6)
+    assert read(tmp_path / "lora/run.json")["metrics"]["eval_tokens"] == tokens
+
+    # Of a text all tokens count but the first.
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    rows = [{"text": " ".join("abcdefgh"[:number])} for number in range(1, 8)]
+    for name in ("train.jsonl", "validation.jsonl"):
+        write_rows(texts / name, rows)
+    train(tiny_model, texts, tmp_path / "lora", *evaluate[:4], "--per_device_eval_batch_size", 3)
+    model, tokenizer = load("05_generate.py").load_model(str(tmp_path / "lora/adapter"), None, "float32")
+    loss, tokens = measure(model, tokenizer, texts / "validation.jsonl")
+    metrics = read(tmp_path / "lora/run.json")["metrics"]
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6) and metrics["eval_tokens"] == tokens
+
+    # Where rows are packed for the training, the held-out ones come as one long row, or are packed too.
+    for packed in ("false", "true"):
+        options = ("--packing", "true", "--max_length", 64, "--per_device_eval_batch_size", 3, "--eval_packing", packed)
+        train(tiny_model, uneven_rows, tmp_path / "lora", *evaluate[:4], *options)
+        model, tokenizer = load("05_generate.py").load_model(str(tmp_path / "lora/adapter"), None, "float32")
+        loss, _ = measure(model, tokenizer, uneven_rows / "validation.jsonl")
+        assert read(tmp_path / "lora/run.json")["metrics"]["eval_loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_another_seed_gives_another_adapter(tiny_model, question_rows, trained, tmp_path):
-    for seed in ("1", "2"):
-        assert train(tiny_model, question_rows, tmp_path / seed, "--max_steps", "2", "--seed", seed).returncode == 0
-    weights = [(tmp_path / seed / "adapter/adapter_model.safetensors").read_bytes() for seed in ("1", "2")]
-    assert weights[0] != weights[1]
+def test_held_out_rows_without_loss_do_not_cost_the_training(tiny_model, tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    write_rows(tmp_path / "validation.jsonl", [{"prompt": "a " * 60, "completion": "b"}])  # longer than --max_length
+    args = ("--max_steps", 1, "--dataset_test_split", "validation", "--max_length", 30)
+    train(tiny_model, tmp_path, tmp_path / "lora", *args)
+    assert "eval_loss" not in read(tmp_path / "lora/run.json")["metrics"]
+
+
+def test_the_seed_alone_orders_the_rows_and_two_runs_are_equal_to_the_bit(
+    tiny_model, question_rows, tmp_path, monkeypatch
+):
+    trainer = load("02_train_lora.py").TokenLossTrainer
+    compute_loss, batches = trainer.compute_loss, []
+
+    def note(self, model, inputs, *args, **kwargs):
+        batches.append(inputs["input_ids"].tolist())
+        torch.rand(noise)  # a resumed process has its generator in another state
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", note)
+    orders, weights = [], []
+    for seed, noise in ((1, 0), (1, 7), (2, 0)):
+        batches.clear()
+        train(tiny_model, question_rows, tmp_path / "lora", "--num_train_epochs", 2, "--seed", seed)
+        orders.append(list(batches))
+        weights.append((tmp_path / "lora" / ADAPTER).read_bytes())
+    assert len(orders[0]) == 14 and orders[0][:7] != orders[0][7:]  # each epoch has its own
+    assert orders[0] == orders[1] != orders[2]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("script", "weights", "number"),
+    [
+        ("02_train_lora.py", ADAPTER, signal.SIGTERM),
+        ("03_train_full.py", "model/model.safetensors", signal.SIGINT),
+    ],
+)
+def test_a_script_copied_out_goes_on_after_a_signal_and_ends_as_if_nothing_had_been(
+    script, weights, number, tiny_model, question_rows, tmp_path
+):
+    script = shutil.copy(ROOT / "scripts" / script, tmp_path)
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--learning_rate", "0.01"]
+    command += ["--num_train_epochs", 3, "--save_steps", 5, "--logging_steps", 1]
+    whole = run(script, *command, "--output_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+
+    # While step 5 is saved: it ends after the step that follows, in the middle of an epoch.
+    at = [number, "open .*checkpoint-5/trainer_state.json"]
+    stopped = start(script, *command, "--output_dir", "parts", cwd=tmp_path, signal=at).wait()
+    assert stopped.returncode == 128 + number, stopped.stderr
+    option = "--resume_from_checkpoint parts/checkpoints/checkpoint-6"
+    assert stopped.stdout.rstrip().endswith(f"To go on: {option}")
+    assert not (tmp_path / "parts/run.json").exists()
+    resumed = run(script, *command, "--output_dir", "parts", *option.split(), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("'loss': ") == 15  # it did not begin anew
+
+    assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    losses = [read_losses(tmp_path / name) for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 21
+    steps = [entry["step"] for entry in read(tmp_path / "parts/run.json")["history"] if "loss" in entry]
+    assert steps == list(range(1, 22))
+
+
+def test_a_second_signal_stops_at_once_and_one_after_the_last_step_costs_nothing(tiny_model, question_rows, tmp_path):
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--max_steps", 2]
+    often = [signal.SIGTERM, "open .*checkpoint-1/"]
+    stopped = start("02_train_lora.py", *command, "--save_steps", 1, cwd=tmp_path, signal=often).wait()
+    assert stopped.returncode == -signal.SIGTERM
+    late = [signal.SIGTERM, "open .*checkpoint-2/trainer_state.json"]
+    ended = start("02_train_lora.py", *command, "--output_dir", "late", cwd=tmp_path, signal=late).wait()
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "late/run.json").exists()
 
 
 def test_plain_loss_is_the_same_loss(tiny_model, question_rows, tmp_path):
     losses = []
     for setting in ("true", "false"):
-        args = ("--max_steps", "4", "--logging_steps", "1", "--token_metrics", setting)
-        assert train(tiny_model, question_rows, tmp_path / setting, *args).returncode == 0
-        history = json.loads((tmp_path / setting / "run.json").read_text())["history"]
-        losses.append([entry["loss"] for entry in history if "loss" in entry])
-        assert ("entropy" in history[0]) == (setting == "true")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        args = ("--max_steps", 4, "--logging_steps", 1, "--token_metrics", setting)
+        train(tiny_model, question_rows, tmp_path / setting, *args)
+        losses.append(read_losses(tmp_path / setting))
+        assert ("entropy" in read(tmp_path / setting / "run.json")["history"][0]) == (setting == "true")
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+QUESTION, ANSWER = ({"role": role, "content": text} for role, text in (("user", "a b"), ("assistant", "blue")))
+# Rows, what is trained on, and how much of it carries loss.
 FORMS = {
-    "text": {"text": "<s>[INST] what color is the sky [/INST] blue </s>"},
-    "messages": {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "blue"}]},
-    "strings": {"prompt": "a b", "completion": "blue"},
+    "text": ({"text": "<s>[INST] a b [/INST] blue </s>"}, "<s> [INST] a b [/INST] blue </s>", 8),
+    "text without BOS": ({"text": "a b"}, "<s> a b </s>", 4),
+    "messages": ({"messages": [QUESTION, ANSWER]}, "<s> [INST] a b [/INST] blue </s>", 7),
+    "chat": ({"prompt": [QUESTION], "completion": [ANSWER]}, "<s> [INST] a b [/INST] blue </s>", 2),
+    "strings": ({"prompt": "a b", "completion": "blue"}, "<s> [INST] a b [/INST] blue </s>", 2),
+    "strings without template": ({"prompt": "<s>a b", "completion": " blue"}, "<s> a b blue </s>", 2),
+}
+WRITERS = {
+    ".jsonl": lambda rows, file: rows.to_json(file),
+    ".json": lambda rows, file: file.write_text(json.dumps(rows.to_list())),
+    ".csv": lambda rows, file: rows.to_csv(file),
+    ".parquet": lambda rows, file: rows.to_parquet(file),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_rows_of_every_form_from_every_kind_of_file(form, suffix, tiny_model, tmp_path):
-    from datasets import Dataset
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
 
-    if form == "messages" and suffix == ".csv":
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_rows_of_every_form_from_every_kind_of_file(form, suffix, model, tiny_model, tmp_path):
+    row, expected, learned = FORMS[form]
+    if suffix == ".csv" and form in ("messages", "chat"):
         pytest.skip("a CSV file has no lists")
-    rows = Dataset.from_list([FORMS[form]] * 3)
     file = tmp_path / f"rows{suffix}"
-    {".jsonl": rows.to_json, ".json": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}[suffix](file)
-    script, audit = load("02_train_lora.py"), load("audit_tokens.py")
+    WRITERS[suffix](Dataset.from_list([row | {"note": "left out"}] * 3), file)
+    write_rows(tmp_path / "other.jsonl", [{"else": 1}])  # in the same folder, and not read
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.pad_token = tokenizer.eos_token
-    loaded = script.load_rows(str(file), "train")
-    assert len(loaded) == 3
-    config = audit.SFTConfig(str(tmp_path / "t"), bf16=False, report_to=[])
-    row = audit.tokenize_rows(loaded, tokenizer, config).train_dataset[0]
-    text = tokenizer.decode(row["input_ids"])
-    assert text.startswith("<s> [INST]") and text.endswith("blue </s>") and text.count("<s>") == 1
-    learned = tokenizer.decode([label for label in row["labels"] if label != -100])
-    assert learned == ("blue </s>" if form == "strings" else text)
+    if form == "strings without template":
+        tokenizer.chat_template = None
+    rows = load("02_train_lora.py").load_rows(str(file), "train", tokenizer, "text")
+    assert len(rows) == 3 and set(rows.column_names) == set(row)
+    config = SFTConfig(str(tmp_path / "out"), bf16=False, report_to=[])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    tokens = trainer.train_dataset[0]
+    assert tokenizer.decode(tokens["input_ids"]) == expected
+    labels = [label for label in tokens["labels"] if label != -100]
+    assert labels == tokens["input_ids"][-learned:]
+
+
+def test_rows_keep_their_tools_their_own_column_and_a_bos_that_no_tokenizer_adds(tiny_model, tmp_path):
+    load_rows, tokenizer = load("02_train_lora.py").load_rows, AutoTokenizer.from_pretrained(tiny_model)
+    file = str(write_rows(tmp_path / "rows.jsonl", [{"messages": [QUESTION], "tools": ["x"], "source": "y"}]))
+    assert load_rows(file, "train", tokenizer, "text").column_names == ["messages", "tools"]
+    file = str(write_rows(tmp_path / "own.jsonl", [{"line": "<s>a", "source": "y"}]))
+    assert load_rows(file, "train", tokenizer, "line")[0] == {"line": "a"}
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert load_rows(file, "train", tokenizer, "line")[0] == {"line": "<s>a"}
 
 
 def test_an_adapter_of_a_hub_model_names_the_hub_id(tiny_model, question_rows, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "run.json").write_text('{"base_model": {"name": "org/base", "revision": "abc"}}')
-    assert train(model, question_rows, tmp_path / "lora", "--max_steps", "1").returncode == 0
-    config = json.loads((tmp_path / "lora/adapter/adapter_config.json").read_text())
+    train(model, question_rows, tmp_path / "lora", "--max_steps", 1)
+    config = read(tmp_path / "lora/adapter/adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
-
-
-def test_an_adapter_runs_on_its_own_base_only_and_without_its_tokenizer(trained, tiny_model, tmp_path):
-    generate = load("05_generate.py")
-    run_folder = shutil.copytree(trained, tmp_path / "lora")
-    for name in ("tokenizer_config.json", "SHA256SUMS"):
-        (run_folder / "adapter" / name).unlink()
-    generate.load_model(str(run_folder / "adapter"), None, "float32")
-    base = shutil.copytree(tiny_model, tmp_path / "other")
-    (base / "run.json").write_text('{"base_model": {"name": "another"}}')
-    with pytest.raises(SystemExit, match="was trained on .* Train it again"):
-        generate.load_model(str(run_folder / "adapter"), str(base), "float32")
-
-
-def test_a_model_is_not_measured_beside_rows_it_was_not_trained_on(trained, question_rows, tmp_path):
-    evaluate = load("evaluate.py")
-    held_out = evaluate.load_rows(str(question_rows), "validation")
-    evaluate.check_training_rows([str(trained / "adapter")], str(question_rows), held_out)
-    with pytest.raises(SystemExit, match="was trained on these rows"):
-        file = str(question_rows / "train.jsonl")
-        evaluate.check_training_rows([str(trained / "adapter")], file, evaluate.load_rows(file, "validation"))
-    rows = (question_rows / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(rows[:-1]))
-    with pytest.raises(SystemExit, match="trained on other rows"):
-        evaluate.check_training_rows([str(trained / "adapter")], str(tmp_path), held_out)
-
-
-def test_questions_of_the_report_belong_to_their_answers():
-    from datasets import Dataset
-
-    def say(*words):
-        return [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, words, strict=False)]
-
-    choose = load("evaluate.py").choose_prompts
-    chats = Dataset.from_list([{"messages": say("a", "red", "b", "blue")}])
-    assert choose(chats) == [{"prompt": "a", "reference": "red"}]
-    turns = Dataset.from_list([{"prompt": say("a", "red", "b"), "completion": say("", "blue")[1:]}])
-    assert choose(turns) == [{"prompt": "b", "reference": "blue"}]
-    assert choose(Dataset.from_list([{"prompt": "a", "completion": "red"}])) == [{"prompt": "a", "reference": "red"}]
-
-
-def test_a_short_run_has_a_picture(tiny_model, question_rows, tmp_path):
-    assert (
-        train(tiny_model, question_rows, tmp_path / "lora", "--max_steps", "1", "--logging_steps", "50").returncode == 0
-    )
-    result = run("plot_loss.py", "lora/run.json", "--output", "new/loss.png", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "new/loss.png").exists()
+    assert read(tmp_path / "lora/run.json")["base_model"] == {"name": "org/base", "revision": "abc"}
 
 
 def test_config_file_sets_and_command_line_overrides(tiny_model, question_rows, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("lora_r: 4\nmax_steps: 3\nlearning_rate: 1.0e-3\n")
-    result = train(
-        tiny_model, question_rows, tmp_path / "lora", "--config", tmp_path / "recipe.yaml", "--max_steps", "1"
-    )
-    assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "lora/run.json").read_text())
-    assert (record["arguments"]["lora_r"], record["metrics"]["train_loss"] > 0) == (4, True)
-    assert [entry["step"] for entry in record["history"]][-1] == 1
+    (tmp_path / "recipe.yaml").write_text("lora_r: 4\nmax_steps: 3\nuse_dora: true\n")
+    train(tiny_model, question_rows, tmp_path / "lora", "--config", tmp_path / "recipe.yaml", "--max_steps", 1)
+    record = read(tmp_path / "lora/run.json")
+    assert (record["arguments"]["lora_r"], record["arguments"]["max_steps"]) == (4, 1)
+    assert record["history"][-1]["step"] == 1
+    assert read(tmp_path / "lora/adapter/adapter_config.json")["use_dora"]
 
 
-def test_a_failing_rerun_leaves_the_last_result(trained, tiny_model, question_rows, tmp_path):
-    output = shutil.copytree(trained, tmp_path / "lora")
-    before = {file: (output / file).read_bytes() for file in ("run.json", "adapter/adapter_model.safetensors")}
-    result = train(tiny_model, question_rows, output, "--optim", "adamw_torch", "--packing", "--max_length", "none")
-    assert result.returncode != 0
-    assert {file: (output / file).read_bytes() for file in before} == before
-
-
-def test_the_picture_shows_the_runs(trained, tmp_path):
-    result = run("plot_loss.py", trained / "run.json", trained / "run.json", "--output", "loss.png", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    result = run("plot_loss.py", "nowhere/run.json", cwd=tmp_path)
-    assert result.returncode == 1 and "no run at nowhere/run.json" in result.stderr
-
-
-def test_a_batch_of_prompts_answers_as_one_at_a_time(trained, tiny_model, tmp_path):
+def test_a_batch_of_prompts_answers_as_one_at_a_time(trained, tmp_path, capsys):
     prompts = ["what color is the sky", "a", "what color is the sea x x x x", "b"]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n", encoding="utf-8-sig")
     base = ("--model_name_or_path", trained / "adapter", "--max_new_tokens", 6)
-    result = run("05_generate.py", *base, "--prompts_file", "prompts.txt", "--output", "batch.jsonl", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    batch = [json.loads(line) for line in (tmp_path / "batch.jsonl").read_text().splitlines()]
+    call("05_generate.py", *base, "--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "batch.jsonl")
+    batch = read_rows(tmp_path / "batch.jsonl")
     assert [row["prompt"] for row in batch] == prompts
+    shown = capsys.readouterr().out
+    assert all(f"> {row['prompt']}\n{row['answer'].strip()}\n" in shown for row in batch)
     generate = load("05_generate.py")
     model, tokenizer = generate.load_model(str(trained / "adapter"), None, "float32")
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -226,43 +300,43 @@ def test_a_batch_of_prompts_answers_as_one_at_a_time(trained, tiny_model, tmp_pa
 
 
 def test_a_single_prompt_streams_raw_or_as_a_chat(trained, tmp_path):
+    script = shutil.copy(ROOT / "scripts/05_generate.py", tmp_path)
     base = ("--model_name_or_path", trained / "adapter", "--max_new_tokens", 4)
-    chat = run("05_generate.py", *base, "--prompt", "what color is the sky", cwd=tmp_path)
-    raw = run("05_generate.py", *base, "--raw", "--prompt", "[INST] what color is the sky [/INST]", cwd=tmp_path)
-    assert (chat.stdout.strip(), raw.stdout.strip()) == ("blue", "blue")
+    chat = run(script, *base, "--prompt", "what color is the sky", cwd=tmp_path)
+    raw = run(script, *base, "--raw", "--prompt", "[INST] what color is the sky [/INST]", cwd=tmp_path)
+    assert (chat.stdout.strip(), raw.stdout.strip()) == ("blue", "blue"), chat.stderr
 
 
-def test_prompts_may_be_repeated_and_sampling_is_seeded(tiny_model, tmp_path):
+def test_prompts_may_be_repeated_and_sampling_is_seeded(tiny_model, capsys):
     base = ("--model_name_or_path", tiny_model, "--max_new_tokens", 8, "--do_sample", "--temperature", "5")
-    answers = [
-        run("05_generate.py", *base, "--seed", seed, "--prompt", "a", "b", "--prompt", "c", cwd=tmp_path).stdout
-        for seed in (1, 1, 2)
-    ]
+    answers = []
+    for seed in (1, 1, 2):
+        call("05_generate.py", *base, "--seed", seed, "--prompt", "a", "b", "--prompt", "c")
+        answers.append(capsys.readouterr().out)
     assert answers[0].count("> ") == 3
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path):
+    adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    (adapter / "tokenizer_config.json").unlink()
+    (adapter / "tokenizer.json").unlink()
+    generate = load("05_generate.py")
+    model, tokenizer = generate.load_model(str(adapter), None, "float32")
+    question = ["what color is the sky"]
+    assert generate.generate(model, tokenizer, question, False, max_new_tokens=4, do_sample=False)[0].strip() == "blue"
 
 
 BAD_TRAINING = {
     "model folder": (["--model_name_or_path", "./nowhere"], "no model at './nowhere'"),
     "data set": (["--dataset_name", "nowhere.jsonl"], "no data set at 'nowhere.jsonl'"),
-    "columns": (["--dataset_name", "columns.jsonl"], "has the columns ['question']"),
-    "empty": (["--dataset_name", "empty.jsonl"], "split 'train': no rows"),
-    "json": (["--dataset_name", "bad.jsonl"], "line 3"),
-    "null": (["--dataset_name", "null.jsonl"], "row 2"),
-    "config": (["--config", "unknown.yaml"], "learning_rat"),
-    "no config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    "option": (["--lerning_rate", "1"], "lerning_rate"),
-    "split": (["--dataset_train_split", "test"], "'test'"),
+    "columns": (["--dataset_name", "columns.jsonl"], "has the columns ['question'], not text, messages, or prompt"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_TRAINING)
-def test_wrong_input_is_answered_in_a_line_or_two(case, tiny_model, question_rows, tmp_path, monkeypatch, capsys):
+def test_a_likely_mistake_is_answered_in_a_line(case, tiny_model, question_rows, tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "columns.jsonl", [{"question": "a"}])
-    write_rows(tmp_path / "null.jsonl", [{"text": "a"}, {"text": None}])
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
-    (tmp_path / "unknown.yaml").write_text("learning_rat: 1\n")
     args, said = BAD_TRAINING[case]
     command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "out"]
     check_refusal("02_train_lora.py", [*command, *args], said, tmp_path, monkeypatch, capsys)
@@ -271,18 +345,17 @@ def test_wrong_input_is_answered_in_a_line_or_two(case, tiny_model, question_row
 
 BAD_GENERATION = {
     "model": (["--model_name_or_path", "./nowhere", "--prompt", "a"], "no model at './nowhere'"),
-    "base": (["--model_name_or_path", "adapter", "--prompt", "a"], "needs its base model, and './gone' is not there"),
-    "prompt": (["--model_name_or_path", "adapter"], "no prompt"),
-    "file": (["--prompts_file", "nowhere.txt"], "no file 'nowhere.txt'"),
-    "option": (["--promt", "a"], "--promt"),
+    "base": (["--model_name_or_path", "adapter", "--prompt", "a"], "no model at './gone'"),
+    "prompt": (["--model_name_or_path", "adapter"], 'no prompt. Give --prompt "What is LoRA?"'),
+    "template": (["--model_name_or_path", "plain", "--prompt", "a"], "has no chat template. Add --raw"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_GENERATION)
-def test_wrong_input_of_generation(case, trained, tmp_path, monkeypatch, capsys):
+def test_a_likely_mistake_in_generation(case, trained, tiny_model, tmp_path, monkeypatch, capsys):
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
+    config = read(adapter / "adapter_config.json") | {"base_model_name_or_path": "./gone"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (adapter / "SHA256SUMS").unlink()
+    (shutil.copytree(tiny_model, tmp_path / "plain") / "chat_template.jinja").unlink()
     args, said = BAD_GENERATION[case]
     check_refusal("05_generate.py", args, said, tmp_path, monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""The memory prediction of 00_check_gpu.py against what PyTorch keeps, counts and takes."""
+"""predict_memory.py against what PyTorch keeps, counts and takes."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-script = load("00_check_gpu.py")
+script = load("chain/predict_memory.py")
 SIZES = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
 QUERY_VALUE, ALL = ["q_proj", "v_proj"], ["all-linear"]
 
@@ -126,10 +126,22 @@ def test_packed_rows_are_counted_as_the_one_row_that_they_become(tmp_path):
     assert predicted == pytest.approx(kept_by_autograd(3, *sizes) - kept_by_autograd(2, *sizes), rel=0.005)
     (tmp_path / "audit.json").write_text('{"longest_row": 5}')
     model = save_config(tmp_path / "model", **SIZES)
-    command = ["--model", model, "--method", "lora", "--audit", "audit.json", "--output", "m.json", "--"]
+    command = [
+        "--model",
+        model,
+        "--memory",
+        "24",
+        "--method",
+        "lora",
+        "--audit",
+        "audit.json",
+        "--output",
+        "m.json",
+        "--",
+    ]
     for packing, tokens in (("true", 30), ("false", 5)):
         command_line = [*command, "--packing", packing, "--max_length", "30", "--optim", "adamw_torch"]
-        assert run("00_check_gpu.py", *command_line, cwd=tmp_path).returncode == 0
+        assert run("chain/predict_memory.py", *command_line, cwd=tmp_path).returncode == 0
         (row,) = json.loads((tmp_path / "m.json").read_text())["predictions"]
         assert row["tokens"] == tokens
 
@@ -168,7 +180,7 @@ def save_config(folder, **sizes) -> str:
 
 def test_the_table_marks_what_fits(tmp_path):
     llama = save_config(tmp_path / "llama")
-    result = run("00_check_gpu.py", "--model", llama, "--memory", "80", "--output", "fits.json", cwd=tmp_path)
+    result = run("chain/predict_memory.py", "--model", llama, "--memory", "80", "--output", "fits.json", cwd=tmp_path)
     assert result.returncode == 0 and "6,738,415,616 parameters" in result.stdout
     predictions = json.loads((tmp_path / "fits.json").read_text())["predictions"]
     assert len(predictions) == len(script.METHODS) * 2 * 3
@@ -195,14 +207,14 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     write_rows(tmp_path / "audit.json", [{"longest_row": 700}])
     command = ["--root", machine.root, "--model", llama, "--method", "lora", "--audit", "audit.json"]
     options = ["--", "--optim", "adamw_torch_fused", "--learning_rate", "1", "--run_name", "x"]
-    result = run("00_check_gpu.py", *command, "--output", "memory.json", *options, cwd=tmp_path)
+    result = run("chain/predict_memory.py", *command, "--output", "memory.json", *options, cwd=tmp_path)
     assert result.returncode == 3 and not (tmp_path / "memory.json").exists()
     cause, mend = result.stderr.splitlines()
     assert cause.startswith("error: lora needs ") and "there are 12.0 (the CPU)" in cause
     assert mend.startswith("    type: add the option --gradient_checkpointing true   (all the same: FORCE=1 with Make")
     advice = ["--gradient_checkpointing", "true"]
-    assert run("00_check_gpu.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
-    result = run("00_check_gpu.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
+    assert run("chain/predict_memory.py", *command, *options, *advice, cwd=tmp_path).returncode == 0
+    result = run("chain/predict_memory.py", *command, "--force", "--output", "memory.json", *options, cwd=tmp_path)
     assert result.returncode == 0 and "error: lora needs" in result.stderr
     (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
     assert row["tokens"] == 700 and row["fits"] is False
@@ -211,9 +223,9 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
 def test_on_an_accelerator_the_loss_in_chunks_is_offered_before_what_takes_more_time(tmp_path):
     qwen = save_config(tmp_path / "qwen", hidden_size=1024, intermediate_size=3072, vocab_size=151936)
     command = ["--model", qwen, "--method", "lora", "--memory", "17", "--", "--optim", "adamw_torch", "--bf16", "true"]
-    result = run("00_check_gpu.py", *command, cwd=tmp_path)
+    result = run("chain/predict_memory.py", *command, cwd=tmp_path)
     assert result.returncode == 3 and "type: add the option --token_metrics true   (" in result.stderr
-    assert run("00_check_gpu.py", *command, "--token_metrics", "true", cwd=tmp_path).returncode == 0
+    assert run("chain/predict_memory.py", *command, "--token_metrics", "true", cwd=tmp_path).returncode == 0
 
 
 def test_options_of_the_training_and_its_recipe_decide(tmp_path):
@@ -227,28 +239,43 @@ def test_options_of_the_training_and_its_recipe_decide(tmp_path):
     )  # fmt: skip
 
 
-LESS = "import ctypes\nload = ctypes.cdll.LoadLibrary\n\ndef less(name):\n    if 'libbitsandbytes' in name:\n"
-LESS += "        raise OSError('no library')\n    return load(name)\n\nctypes.cdll.LoadLibrary = less\n"
+def test_a_bitsandbytes_without_its_library_stops_what_needs_it(tmp_path):
+    site = "import ctypes\nload = ctypes.cdll.LoadLibrary\n\ndef less(name):\n    if 'libbitsandbytes' in name:\n"
+    site += "        raise OSError('no library')\n    return load(name)\n\nctypes.cdll.LoadLibrary = less\n"
+    (tmp_path / "sitecustomize.py").write_text(site)
+    command = ["--model", save_config(tmp_path / "model", **SIZES), "--memory", "24", "--method", "lora"]
+    result = run("chain/predict_memory.py", *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    cause = "error: paged_adamw_32bit needs bitsandbytes, bitsandbytes: RuntimeError: no native library"
+    assert result.returncode == 1 and result.stderr.startswith(cause)
+    assert "type: make bitsandbytes   (or add to ARGS: --optim adamw_torch_fused)" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "needs"),
+    ("options", "probes", "needs"),
     [
-        ([], "error: paged_adamw_32bit needs bitsandbytes, bitsandbytes: RuntimeError: no native library"),
-        (["--optim", "adamw_torch", "--load-in-4bit"], "error: quantized weights need bitsandbytes, bitsandbytes: "),
-        (["--optim", "lion_32bit"], "error: lion_32bit needs bitsandbytes, bitsandbytes: "),
-        (["--optim", "adamw_torch_8bit"], None),
-        (["--optim", "adamw_torch_fused"], None),
+        ({}, ["bitsandbytes", "optimizer"], "paged_adamw_32bit needs bitsandbytes, optimizer: broken"),
+        (
+            {"optim": "adamw_torch", "load_in_4bit": True},
+            ["bitsandbytes", "quantize", "decode_4bit"],
+            "quantized weights need bitsandbytes, decode_4bit: broken",
+        ),
+        ({"optim": "adamw_torch", "load_in_8bit": True}, ["bitsandbytes"], "quantized weights need bitsandbytes, bits"),
+        ({"optim": "lion_32bit"}, ["bitsandbytes", "optimizer"], "lion_32bit needs bitsandbytes, optimizer: broken"),
+        ({"optim": "adamw_torch_8bit"}, [], None),
+        ({"optim": "adamw_torch_fused"}, [], None),
     ],
 )
-def test_bitsandbytes_without_its_library_stops_what_needs_it(options, needs, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(LESS)
-    model = save_config(tmp_path / "model", **SIZES)
-    command = ["--model", model, "--method", "lora", "--", *options]
-    result = run("00_check_gpu.py", *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert result.returncode == (1 if needs else 0)
-    assert result.stderr.startswith(needs) if needs else result.stderr == ""
-    assert "type: make bitsandbytes" in result.stderr or not needs
+def test_what_a_training_takes_from_bitsandbytes_is_tried(options, probes, needs, monkeypatch):
+    tried = []
+
+    def run_probe(name, timeout):
+        tried.append(name)
+        return {"status": "failed" if name == probes[-1] else "passed", "error": "broken"}
+
+    monkeypatch.setattr(script.doctor, "run_probe", run_probe)
+    found = script.judge_needs(settings(**options), 1)
+    assert tried == probes
+    assert found[0].startswith(needs) if needs else found is None
 
 
 @pytest.mark.parametrize(
@@ -261,12 +288,13 @@ def test_bitsandbytes_without_its_library_stops_what_needs_it(options, needs, tm
         (["--model", "model", "--method", "lora", "--", "--dtype", "float17"], "is none of float32"),
         (["--model", "model", "--method", "full", "--", "--load_in_4bit"], "quantized weights are not trained in full"),
         (["--model", "model", "--", "--lora_r", "8"], "only with --method"),
-        (["--memory", "24"], "--memory and --method need --model"),
+        (["--memory", "24"], "arguments are required: --model"),
+        (["--model", "model", "--memory", "0"], "in GiB, above 0"),
     ],
 )
 def test_bad_input_is_named(arguments, said, tmp_path):
     save_config(tmp_path / "model", **SIZES)
-    result = run("00_check_gpu.py", *arguments, cwd=tmp_path)
+    result = run("chain/predict_memory.py", *arguments, cwd=tmp_path)
     assert result.returncode == 1 and said in result.stderr and len(result.stderr.splitlines()) <= 2
 
 
@@ -280,16 +308,17 @@ def test_bad_input_is_named(arguments, said, tmp_path):
 )
 def test_a_model_that_the_formulas_do_not_know_is_trained_without_a_prediction(config, options, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = ["--model", tmp_path, "--method", "lora", "--output", "memory.json", "--"]
-    result = run("00_check_gpu.py", *command, "--optim", "adamw_torch", *options, cwd=tmp_path)
+    command = ["--model", tmp_path, "--memory", "24", "--method", "lora", "--output", "memory.json", "--"]
+    result = run("chain/predict_memory.py", *command, "--optim", "adamw_torch", *options, cwd=tmp_path)
     assert result.returncode == 0 and said in result.stdout
     assert json.loads((tmp_path / "memory.json").read_text())["predictions"] == []
 
 
 def test_the_checkpoints_own_type_is_taken_where_asked_for(tmp_path):
     model = save_config(tmp_path / "model", **SIZES, dtype="bfloat16")
-    command = ["--model", model, "--method", "lora", "--output", "memory.json", "--", "--optim", "adamw_torch"]
-    assert run("00_check_gpu.py", *command, "--dtype", "auto", cwd=tmp_path).returncode == 0
+    command = ["--model", model, "--memory", "24", "--method", "lora", "--output", "memory.json", "--"]
+    command += ["--optim", "adamw_torch"]
+    assert run("chain/predict_memory.py", *command, "--dtype", "auto", cwd=tmp_path).returncode == 0
     (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
     assert row["settings"]["dtype"] == "bfloat16"
 
@@ -319,16 +348,13 @@ def test_the_state_of_a_paged_optimizer_is_not_pytorchs():
 def test_run_json_keeps_predicted_beside_measured(tiny_model, question_rows, tmp_path):
     recipe = ["--optim", "adamw_torch_fused", "--max_steps", "2"]
     check = ["--model", tiny_model, "--method", "full", "--output", "memory.json", "--", *recipe]
-    assert run("00_check_gpu.py", *check, cwd=tmp_path).returncode == 0
-    train = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", "out", *recipe]
-    result = run("03_train_full.py", *train, "--memory_prediction", "memory.json", cwd=tmp_path)
+    assert run("chain/predict_memory.py", *check, cwd=tmp_path).returncode == 0
+    train = [ROOT / "scripts/03_train_full.py", "--model_name_or_path", tiny_model, "--dataset_name", question_rows]
+    result = run("chain/run_step.py", "out", "--prediction", "memory.json", "--", *train, *recipe, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "out/run.json").read_text())["metrics"]
     (row,) = json.loads((tmp_path / "memory.json").read_text())["predictions"]
     assert metrics["predicted_memory_bytes"] == row["bytes"]["peak"]
-    assert f"GiB ({row['bytes']['peak'] / 2**30:.2f} predicted)" in result.stdout
-    result = run("03_train_full.py", *train, "--memory_prediction", "none.json", cwd=tmp_path)
-    assert result.returncode == 1 and "no memory prediction at 'none.json'" in result.stderr
 
 
 @pytest.mark.skipif("MALLOC_MMAP_THRESHOLD_" in os.environ, reason="malloc is set up otherwise")

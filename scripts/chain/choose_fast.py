@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "pyyaml==6.0.4"]
-# ///
 """Write a recipe with the settings that train fastest on this machine and learn the same, each with its reason.
 
     python choose_fast.py --method lora --config RECIPE.yaml --output fast.yaml [-- COMMAND ...]
@@ -10,9 +6,8 @@ Reads   RECIPE.yaml, whose other settings stay as they are, and its own attentio
         AdamW in 32 bits; none: the tutorial's.
 Writes  fast.yaml, for --config of 02_train_lora.py (lora) or 03_train_full.py (full).
 
-COMMAND is run then: the prediction of 00_check_gpu.py for that file. Where it exits with status 3, for want of memory,
-settings that take less are written and it is run again, as long as there are any. What each setting gains:
-docs/performance.md.
+COMMAND is run then: predict_memory.py for that file. Where it exits with status 3, for want of memory, settings that
+take less are written and it is run again, as long as there are any. What each setting gains: docs/performance.md.
 """
 
 import argparse
@@ -22,27 +17,23 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+import yaml
+from folders import fail, write_text
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw", "paged_adamw_32bit")  # of one and the same step
+
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = lambda message: sys.exit(f"error: {message}. See --help.")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
     parser.add_argument("--method", choices=["lora", "full"], required=True, help="what is trained")
     parser.add_argument("--config", type=Path, help="recipe whose other settings stay")
     parser.add_argument("--output", type=Path, required=True, help="file of the recipe, YAML")
     parser.add_argument("--keep", action="store_true", help="what was chosen before stays, if it may be chosen still")
     parser.add_argument("command", nargs="*", help="after --: run then; where it exits with 3, less memory is taken")
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    read_options()  # before the import that takes a second: for --help, and for what is wrong in the options
-
-import torch
-import yaml
-
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw", "paged_adamw_32bit")  # of one and the same step
 
 
 def has_bf16() -> bool:
@@ -84,9 +75,9 @@ def read_recipe(file: Path) -> dict:
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        sys.exit(f"error: cannot read {file}: {' '.join(str(error).split())}. Give a recipe: FILE.yaml")
+        fail(f"cannot read {file}: {' '.join(str(error).split())}. Give a recipe: FILE.yaml")
     if not isinstance(recipe, dict):
-        sys.exit(f"error: {file} has no settings. Give a recipe with lines like lora_r: 8")
+        fail(f"{file} has no settings. Give a recipe with lines like lora_r: 8")
     return recipe
 
 
@@ -117,11 +108,10 @@ def main() -> None:
     if args.keep and args.output.is_file():
         old = args.output.read_text(encoding="utf-8")
         attempts = [chosen for chosen in attempts if format_recipe(recipe, chosen) == old] or attempts
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for number, chosen in enumerate(attempts):
         if number:
             print("That does not fit. What takes less memory is tried in its place:", flush=True)
-        args.output.write_text(format_recipe(recipe, chosen), encoding="utf-8")
+        write_text(args.output, format_recipe(recipe, chosen))
         print(f"{args.output}: {', '.join(f'{name} {value}' for name, (value, _) in chosen.items())}", flush=True)
         status = subprocess.run(args.command).returncode if args.command else 0
         if status != 3:
@@ -130,9 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"error: {error}. Mend that, and type the same command again.")
+    main()

@@ -1,0 +1,106 @@
+"""Prepare the repetition of a training from its run.json alone, or compare a repetition with it.
+
+    python reproduce_run.py out/lora/run.json --output_dir again
+    python reproduce_run.py out/lora/run.json --compare again/lora/run.json
+
+Reads   run.json of a training.
+Writes  again/reproduce.yaml, a recipe with all arguments of the run, and again/reproduce.txt, what Make needs besides,
+        a line each: target, base model, data set, rows to hold out, options of the download, folder of the result.
+Exits   with --compare: with status 0 if losses and weights are the same to the bit, else with 1.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from figures import find_data, list_spans
+from folders import fail, write_json, write_text
+from records import read_run
+
+TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
+# What is given anew: paths, and what belongs to the machine or to one process.
+NOT_REPEATED = {"model_name_or_path", "model_revision", "dataset_name", "dataset_train_split", "dataset_test_split"}
+NOT_REPEATED |= {"output_dir", "resume_from_checkpoint", "hub_token", "push_to_hub_token", "run_name"}
+NOT_REPEATED |= {"deepspeed", "fsdp_config", "accelerator_config", "include_num_input_tokens_seen"}
+
+
+def read_training(file: Path) -> dict:
+    if not file.is_file():
+        fail(f"no run at {file}. Type: make reproduce RUN=outputs/lora/run.json OUT=outputs/again")
+    run = read_run(file)
+    if run["script"] not in TRAININGS:
+        fail(f"{file} is not of a training. Give the run.json of 02_train_lora.py or 03_train_full.py.")
+    return run
+
+
+def find_source(kind: str, source: dict) -> tuple[str, str]:
+    """What to give 01_download.py for a model or a data set: its name, and the option that pins its revision."""
+    name, revision = source["name"], source.get("revision")
+    if "package" in source:
+        return "embedded", ""
+    if revision:
+        if not (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and re.fullmatch(r"[\w.-]+", revision)):
+            fail(f"the {kind} of the run, {name!r} at {revision!r}, is no name on the Hub.")
+        return name, f"--{kind}_revision {revision}"
+    if not Path(name).exists():
+        fail(f"the {kind} of the run, {name!r}, is not here. Type the command where it was, or bring it back.")
+    return name, ""
+
+
+def say_what_is_the_same(run: dict, again: dict) -> int:
+    """Says what is the same in two runs; returns the exit status."""
+    for what, one, other in (
+        ("model", run["base_model"], again["base_model"]),
+        ("rows (sha256)", find_data(run)["train"]["sha256"], find_data(again)["train"]["sha256"]),
+        ("packages", run["packages"], again["packages"]),
+        ("accelerator", run["accelerator"], again["accelerator"]),
+    ):
+        print(f"{what}: {'the same' if one == other else f'{other} instead of {one}'}")
+    losses, losses_again = list_spans(run), list_spans(again)
+    common = losses.keys() & losses_again.keys()
+    furthest = max((abs(losses[span] - losses_again[span]) for span in common), default=0.0)
+    same_losses = all(losses[span] == losses_again[span] for span in common)
+    print(f"losses: {f'the same {len(common)}' if same_losses else f'up to {furthest:.2g} apart'}")
+    same_weights = run["sha256"] == again["sha256"]
+    print(f"weights: {'the same to the bit' if same_weights else 'others (sha256)'}")
+    print("The result is the same." if same_losses and same_weights else "The result is not the same.")
+    return 0 if same_losses and same_weights else 1
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--output_dir", type=Path, help="folder for the repetition")
+    task.add_argument("--compare", type=Path, metavar="AGAIN", help="run.json of the repetition")
+    args = parser.parse_args()
+    run = read_training(args.run)
+    if args.compare:
+        sys.exit(say_what_is_the_same(run, read_training(args.compare)))
+    target, folder = TRAININGS[run["script"]]
+    if args.output_dir.resolve() in args.run.resolve().parents:
+        fail(f"{args.run} lies in {args.output_dir}, where the repetition would go. Add: OUT=outputs/again")
+    model, model_pin = find_source("model", run["base_model"])
+    origin = find_data(run)
+    data, data_pin = find_source("dataset", origin)
+    held_out = origin.get("held_out_rows", 0)
+    if not isinstance(held_out, int) or "\n" in f"{model}{data}":  # each is to be a line
+        fail(f"{args.run} is not of a training: {held_out!r} held-out rows of {data!r}, {model!r}. Give another.")
+    if run["arguments"].get("trust_remote_code"):
+        fail("the run executed code that came with its model. A record alone is no reason: type its command yourself.")
+    arguments = {
+        name: value
+        for name, value in run["arguments"].items()
+        if name not in NOT_REPEATED and value != f"<{name.upper()}>"  # which hides what ends in token
+    }
+    write_json(args.output_dir / "reproduce.yaml", arguments)  # JSON is YAML too
+    lines = (target, model, data, held_out, f"{model_pin} {data_pin}".strip(), folder)
+    write_text(args.output_dir / "reproduce.txt", "".join(f"{line}\n" for line in lines))
+    print(f"{target} again, {model} on {data}, in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Run a script as a step: one at a time, on verified inputs, its result whole or not there, recorded and gone on with.
+
+    python run_step.py out/lora --reads out/base-model out/dataset -- 02_train_lora.py --dataset_name out/dataset ...
+
+The script gets --output_dir out/lora.part. When it has ended well, run.json there says what was run beside what the
+script wrote of it, all is sealed (SHA256SUMS), and the folder takes the place of out/lora, which stays until then.
+What was interrupted goes on from its newest whole checkpoint, with --resume_from_checkpoint, if script, options, inputs
+and packages are the same. Without a folder the inputs are verified, the script runs, and its errors are explained.
+
+Needs the standard library, and folders.py beside it. Where the script trains with transformers' Trainer, a callback of
+this file seals the checkpoints, and stops a training whose loss is no number or for which the disk has no room.
+"""
+
+import argparse
+import gc
+import importlib.abc
+import importlib.util
+import math
+import os
+import re
+import resource
+import runpy
+import select
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import folders
+from folders import fail, list_checkpoints, read_json
+
+
+# Trainings ------------------------------------------------------------------------------------------------------------
+def drop_broken_pipes() -> None:
+    """Sends to nowhere what nobody reads any more, as after Ctrl-C in `... | tee log`: writing to it would fail."""
+    for number in (1, 2):
+        pipe = select.poll()
+        pipe.register(number, 0)
+        if pipe.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object:
+    """A callback for every Trainer of the script."""
+
+    class Guard(callback_class):
+        began = time.time()  # where there is no training, only an evaluation
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.limit, args.save_total_limit = args.save_total_limit, None  # on_save removes what is over it
+            self.saved, self.save_later = None, False
+            self.over = state.global_step >= state.max_steps  # gone on with after its last step
+            self.began = time.time() - (state.log_history[-1].get("seconds", 0) if state.log_history else 0)
+            args.eval_on_start &= state.global_step == 0
+            state.compute_steps(args, state.max_steps)  # how often to save may be another now
+            self.check_disk(args, state, model)
+
+        def check_disk(self, args, state, model) -> None:
+            """Adam keeps 8 bytes for a parameter."""
+            weights = [value for value in model.parameters() if value.requires_grad]
+            result = sum(value.nbytes for value in weights)
+            size = result + sum(8 * value.numel() for value in weights) + 2**25
+            every = {"steps": state.save_steps, "epoch": state.max_steps / (args.num_train_epochs or 1)}
+            steps = every.get(args.save_strategy, state.max_steps) or 1
+            left = 0 if args.save_strategy == "no" else math.ceil((state.max_steps - state.global_step) / steps)
+            count = max(min(left, (self.limit or left) + 1 - len(list_checkpoints(Path(args.output_dir)))), 0)
+            if count * size + result > (free := shutil.disk_usage(folder).free):
+                fail(
+                    f"{count} checkpoints of {size / 1e9:.2f} GB and a result of {result / 1e9:.2f} GB do not fit into "
+                    f"the {free / 1e9:.2f} GB that are free in {args.output_dir}.\nMake room, take another folder "
+                    "(OUT), or save fewer: --save_total_limit 1, --save_strategy no"
+                )
+
+        def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+            self.ended = False
+            if self.over:  # Trainer would take one step more
+                train_dataloader.batch_sampler.sampler = type("Nothing", (list,), {})()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            drop_broken_pipes()
+            if state.epoch % 1 == 0:  # what is due at the end of the epoch comes before the checkpoint
+                self.save_later, control.should_save = control.should_save, False
+            # A checkpoint has all losses before it; an evaluation may be the best.
+            control.should_log |= control.should_save or args.save_strategy == "best" and control.should_evaluate
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            drop_broken_pipes()
+            self.ended = True
+            stopped = control.should_training_stop and state.global_step < state.max_steps
+            if self.over or stopped and state.epoch % 1:  # what is due at the end of an epoch was done, or is not yet
+                control.should_log = control.should_evaluate = False
+                control.should_save = stopped and self.saved != state.global_step  # where save_strategy is best
+            else:
+                control.should_save |= self.save_later or stopped
+            control.should_log |= control.should_save or args.save_strategy == "best"
+            self.save_later = False
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            state.log_history[-1]["seconds"] = round(time.time() - self.began, 3)
+            if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
+                raise ArithmeticError(f"the loss is {loss} at step {state.global_step}")
+
+        def check_weights(self, state, model) -> None:
+            if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
+                raise ArithmeticError(f"the weights are not finite at step {state.global_step}")
+
+        def on_save(self, args, state, control, model=None, **kwargs):
+            self.check_weights(state, model)
+            if state.is_world_process_zero:
+                folders.seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+                if state.epoch % 1 or self.ended:  # else it is saved again, and until then the older one is needed
+                    rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
+            self.saved = state.global_step
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            args.save_total_limit = self.limit
+            self.check_weights(state, model)
+
+    return Guard()
+
+
+class GuardTrainings(importlib.abc.MetaPathFinder):
+    """Puts the guard on the list of default callbacks as soon as the script imports transformers' Trainer."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module):
+            execute(module)
+            module.DEFAULT_CALLBACKS.append(make_guard(module.TrainerCallback, module.rotate_checkpoints, self.folder))
+
+        spec.loader.exec_module = execute_and_add
+        return spec
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+GATED = """{name} is gated, and this account has no access yet. Three steps:
+  1. ask for access at https://huggingface.co/{name}
+  2. make a token with read access at https://huggingface.co/settings/tokens
+  3. put HF_TOKEN=<token> into .env, or run: hf auth login
+Llama-2's weights are also, without a gate, at NousResearch/Llama-2-7b-chat-hf."""
+# What a library says, and what to do about it.
+ADVICE = (
+    (r"Errno (27|28|122)\b|No space left|File too large|Disk quota|iostream error|unexpected pos|PytorchStreamWriter",
+     "Make room, and type the same command again to go on."),
+    (r"weights.only|Unsupported (global|class|operand)|UnpicklingError",
+     "A checkpoint holds more than numbers; nothing of it was executed. Bring back what was written (an adapter in "
+     "safetensors), or begin anew: --restart (make: RESTART=1)"),
+    (r"the loss is |the weights are not finite",
+     "Try, with --restart (make: RESTART=1): a tenth of the learning rate, or --max_grad_norm 0.1 --warmup_steps 0.1 "
+     "--lr_scheduler_type linear, or --bf16 false --fp16 false"),
+    (r"size mismatch", "The adapter does not fit: the shapes differ. Give its own base model, --base_model."),
+    (r"[Ff]lash.?[Aa]ttention|attn_implementation", "Give another --attn_implementation: sdpa or eager."),
+    (r"custom code|trust_remote_code", "Code of a model runs in a training alone, with --trust_remote_code true."),
+    (r"safetensors", "Only weights in safetensors are read. Save or fetch the model again, or give another."),
+    (r"requested files|Connect|connect|[Oo]ffline|resolve host|send a request|50\d Server",
+     "See to the network, and type the same command again to go on."),
+    (r"[Tt]emplate", "Mend the rows or the chat template, or, where a prompt is answered, add --raw."),
+    (r"(?<!install )--\w|argument|option|keys are not used|could not be parsed", "See --help (make: ARGS=--help)."),
+)  # fmt: skip
+
+
+def explain(error: BaseException, prediction: dict, options: list[str], folder: Path | None) -> NoReturn:
+    """Ends with the cause of what a library raised, and what to type next."""
+    if os.environ.get("TRACEBACK") == "1":
+        print(folders.mask("".join(traceback.format_exception(error))), file=sys.stderr)
+    causes = [error]  # and those that it was raised from
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    names = {type(cause).__name__ for cause in causes}
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "GatedRepoError" in names:
+        found = re.search(r"huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)", " ".join(map(str, causes)))
+        models = [word for word in options if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not Path(word).exists()]
+        fail(GATED.format(name=models[0] if models else found[1] if found else "the repository"))
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", text):
+        smaller = [f"{each['options']} ({each['bytes'] / 2**30:.2f} GiB)" for each in prediction.get("smaller", [])]
+        fewer = "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
+        smaller = smaller or [fewer, "--gradient_checkpointing true", "half of --max_length"]
+        fail(f"out of memory: {text[:200]}\nTake less, with --restart (make: RESTART=1): {', or '.join(smaller[:4])}")
+    if {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} & names:
+        advice = "Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."
+    else:
+        given = [word.split("=")[-1] for word in options]
+        read = [word for word in given if os.path.exists(word) and not word.startswith(str(folder))]  # noqa: PTH110
+        advice = f"Mend that, in an option or in {', '.join(read)}," if read else "Mend that,"
+        advice += " and type the same command again. For all that Python says of it: TRACEBACK=1"
+        advice = next((known for pattern, known in ADVICE if re.search(pattern, f"{text} {names}")), advice)
+    if folder and isinstance(error, ArithmeticError):
+        last = next((str(path) for path in list_checkpoints(folder) if (path / folders.SUMS).is_file()), "none")
+        text += f". The last good checkpoint: {last}"
+    if not isinstance(error, OSError | ValueError | ArithmeticError | RuntimeError):
+        text = f"{type(error).__name__}: {text}"
+    # The innermost line outside of Python itself and of installed packages
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [each for each in trace if not re.search(r"/lib/python3|^<|pyx$|run_step\.py$", each.filename)]
+    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    fail(f"{text[:600].rstrip('.')}{place}.\n{advice}")
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+def limit_memory() -> None:
+    """On the CPU: what takes more memory than is free fails, and is explained, before the system kills the process."""
+    if sys.platform != "linux" or Path("/dev/kfd").exists() or Path("/dev/nvidiactl").exists():
+        return
+    free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    own = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
+    limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    free_bytes = (int(free[1]) + int(own[1])) * 1024
+    groups = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current")]
+    if all(file.is_file() for file in groups) and (most := groups[0].read_text().strip()).isdigit():
+        cached = re.findall(r"^(?:in)?active_file (\d+)", groups[1].with_name("memory.stat").read_text(), re.MULTILINE)
+        used = int(groups[1].read_text()) - sum(map(int, cached))
+        free_bytes = min(free_bytes, int(most) - used + int(own[1]) * 1024)
+    resource.setrlimit(resource.RLIMIT_DATA, (free_bytes if limit < 0 else min(limit, free_bytes), hard))
+
+
+def run_script(script: Path, options: list[str], prediction: dict, folder: Path | None) -> None:
+    """Runs a script in this process, as Python would; ends where it ends with an error."""
+    sys.argv, sys.path[0] = [str(script), *options], str(script.resolve().parent)
+    if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator: SFTTrainer refuses several without a launcher
+    argparse.ArgumentParser.error = lambda self, message: fail(f"{message}. See --help (make: ARGS=--help).")
+    gc.set_threshold(100_000, 50, 50)  # looking for garbage is a quarter of the time of the libraries' import
+    if folder:
+        sys.meta_path.insert(0, GuardTrainings(folder))
+    limit_memory()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            fail(stop.code.removeprefix("error: "))
+        if stop.code:
+            if folder and stop.code > 128 and list_checkpoints(folder):
+                print("Stopped. Type the same command again, without RESTART=1, to go on.", file=sys.stderr)
+            raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # whatever a library raises is explained
+        explain(error, prediction, options, folder)
+
+
+def describe_machine(script: Path) -> dict:
+    """The accelerator, and the git commit of the folder of the script where it has one."""
+    git = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    accelerator = None
+    if torch := sys.modules.get("torch"):
+        cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"accelerator": accelerator, "git_commit": commit or None}
+
+
+def peak_memory() -> int:
+    """Bytes: the most that tensors took on the accelerator, else the most that this process took."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read_record(path: Path) -> dict:
+    """What the run.json of an input says of it."""
+    return read_json(path / "run.json") if (path / "run.json").is_file() else {}
+
+
+def check_inputs(inputs: dict[Path, str]) -> None:
+    """Stops where an input was made from another one than is read beside it: an adapter of another base model."""
+    for path, record in ((path, read_record(path)) for path in inputs if path.is_dir()):
+        for other, digest in inputs.items():
+            made_from = record.get("inputs", {}).get(other.name, {}).get("sha256", digest)
+            if made_from != digest:
+                fail(f"{path} was made from another {other.name} than {other}. Make it anew, or bring that one back.")
+
+
+def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Path, str], prediction: dict) -> None:
+    """Adds to run.json what was run, seals the work folder, and puts it in the place of the last result."""
+    run = read_json(part / "run.json") if (part / "run.json").is_file() else {}
+    metrics = run.get("metrics", {}) | {"peak_memory_bytes": peak_memory()}
+    if prediction.get("predictions"):
+        metrics["predicted_memory_bytes"] = prediction["predictions"][0]["bytes"]["allocated"]
+    sums = folders.add_up(part, [name for name in folders.list_files(part) if name.endswith(".safetensors")])
+    read = {path.name: {"sha256": digest, "record": read_record(path)} for path, digest in inputs.items()}
+    own = {"script": script.name, "started": read_json(part / "step.json")["started"], "options": step["options"]}
+    own |= {"inputs": read, "packages": step["packages"], **describe_machine(script)}
+    folders.write_json(part / "run.json", own | run | {"metrics": metrics, "sha256": sums})
+    folders.seal(part, sums)
+    folders.replace(folder, part)
+    print(f"The result is in {folder}, after a peak of {metrics['peak_memory_bytes'] / 2**30:.2f} GiB of memory")
+
+
+def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}. See --help.")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, help="where the result goes; none: the script leaves no folder")
+    add("--reads", nargs="+", action="extend", type=Path, default=[], help="folders and files that it reads, to verify")
+    add("--restart", action="store_true", help="begin anew, and lose the checkpoints of what was interrupted")
+    add("--note", type=Path, help="file for what NOTE in the environment says, when the result is in its place")
+    add("--prediction", type=Path, help="report of predict_memory.py, for the record and for when the memory runs out")
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:place])
+    command = sys.argv[place + 1 :]
+    if not command or not Path(command[0]).is_file():
+        fail(f"no script {command[0] if command else 'after --'}. Give one: run_step.py FOLDER -- SCRIPT OPTIONS")
+    if any(re.search(r"^--hub[_-]token|\bhf_[A-Za-z0-9]{16,}", word) for word in command):
+        fail("--hub_token is refused, as any token: every user could read it. Put HF_TOKEN=<token> into .env instead.")
+    return args, Path(command[0]), command[1:]
+
+
+def main() -> None:
+    args, script, options = read_command()
+    if {"-h", "--help"} & set(options):
+        args.folder = None  # which asks for no result
+    prediction = read_json(args.prediction) if args.prediction else {}
+    held = args.folder and folders.lock(args.folder)  # noqa: F841  until the end of this process
+    inputs = {path: folders.verify(path) for path in args.reads}
+    check_inputs(inputs)
+    if not args.folder:
+        run_script(script, options, prediction, None)
+        return
+    part = args.folder.with_name(f"{args.folder.name}.part")
+    step = folders.describe_step(script, options, inputs)
+    checkpoint = folders.take_up(part, step, args.restart)
+    going_on = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+    run_script(script, [*options, *going_on, "--output_dir", str(part)], prediction, part)
+    publish(args.folder, part, script, step, inputs, prediction)
+    if args.note:
+        folders.write_text(args.note, os.environ.get("NOTE", "") + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        fail(f"{error}. Mend that, and type the same command again.")
