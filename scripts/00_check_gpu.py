@@ -483,16 +483,12 @@ def main() -> None:
     show(report)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        whole = args.output.with_suffix(".tmp")
-        whole.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        whole.replace(args.output)
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit({"ready": 0, "not ready": 1, "ready, with warnings": 2}[report["verdict"]])
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(f"error: {error}. Mend that, and type the same command again.")

@@ -191,7 +191,8 @@ def main() -> None:
             if type(error) is OSError:  # such as a full disk
                 raise
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or "it is empty"
-            sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {reason}. Mend it, or give another.")
+            where = "" if Path(names[kind]).exists() else f" In {Path.cwd()} there is none of that name."
+            sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {reason}.{where} Mend it, or give another.")
         (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

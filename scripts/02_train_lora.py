@@ -22,7 +22,6 @@
 Reads   MODEL (hub id or folder) and DATA (hub id, folder, .jsonl, .json, .csv or .parquet file) with the columns text,
         or messages, or prompt and completion; --dataset_test_split names the rows to measure, not to train on.
 Writes  out/adapter/, out/checkpoints/ (with tensorboard logs) and, at the end, out/run.json: what was trained, and how.
-
 Ctrl-C and SIGTERM save a checkpoint, to go on with: --resume_from_checkpoint out/checkpoints/checkpoint-N.
 Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --config FILE.yaml.
 """

@@ -17,7 +17,6 @@
 
 Reads   an adapter (hub id or folder); its base model is the one it names, or --base_model.
 Writes  merged/model/ (weights, config, tokenizer) and merged/run.json.
-
 The merge is done in float32, and checked against the adapter on its base: the greedy answers to --prompts must come out
 the same, and their logits, also of what was saved and is read back, within the tolerance of its type. An adapter that
 was trained on quantized weights (QLoRA) is merged into those of full precision; the difference is measured.
@@ -57,12 +56,10 @@ class Arguments:
 
 def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
-    reason = "nothing there has a config"
     for file in ("adapter_config.json", "config.json"):
         try:
-            config = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
-            if config.is_file():
-                return config
+            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
             sys.exit(f"error: {name} is gated. Three steps: ask for access at https://huggingface.co/{name}, {steps}.")
@@ -116,20 +113,16 @@ def check(what: str, expected: torch.Tensor, found: torch.Tensor, dtype: str) ->
 
 
 def compare_with_quantized(model, rows: list, expected: torch.Tensor) -> dict:
-    """The adapter on quantized weights against logits of it on those of full precision: tokens of the answers that both
-    choose, mean loss on them (nats per token), mean difference of log-probabilities.
-    """
+    """The adapter on quantized weights against its logits on those of full precision: choices, nats per token."""
     chosen = torch.cat([row[start:] for row, start in rows])[:, None]
     quantized, full = (logits.log_softmax(-1) for logits in (compute_logits(model, rows), expected))
-    found = {
+    return {
         "tokens": len(chosen),
         "same_tokens": (quantized.argmax(-1) == full.argmax(-1)).sum().item(),
         "loss_quantized": -quantized.gather(1, chosen).mean().item(),
         "loss_full_precision": -full.gather(1, chosen).mean().item(),
         "mean_difference": (quantized - full).gather(1, chosen).abs().mean().item(),
     }
-    print(f"Trained on quantized weights, merged into those of full precision: {found}")
-    return found
 
 
 def main() -> None:
@@ -158,6 +151,7 @@ def main() -> None:
         try:
             trained_on = load_model(base, revision, quantization=BitsAndBytesConfig(**training["quantization"]))
             quantized = compare_with_quantized(PeftModel.from_pretrained(trained_on, name), rows, expected)
+            print(f"Trained on quantized weights, merged into those of full precision: {quantized}")
         except Exception as error:  # no bitsandbytes for this machine; the merge does not need it
             print(f"The difference to the quantized weights of the training is not measured: {error}")
 

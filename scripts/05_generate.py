@@ -17,7 +17,6 @@
 Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and its base model is the one named there,
         or --base_model.
 Writes  the answers to the terminal, as they come for a single prompt; with --output FILE also as JSON lines.
-
 The model's chat template is applied unless --raw. Decoding is greedy unless --do_sample.
 """
 
@@ -41,9 +40,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 @dataclass
 class Arguments:
-    model_name_or_path: str = field(
-        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of a model or an adapter."}
-    )
+    model_name_or_path: str = field(default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder."})
     base_model: str | None = field(default=None, metadata={"help": "Base of the adapter, if not the one it names."})
     prompt: list[str] = field(default_factory=list, metadata={"help": "May be repeated.", "action": "extend"})
     prompts_file: str | None = field(default=None, metadata={"help": "File with a prompt on each line."})
@@ -60,12 +57,10 @@ class Arguments:
 
 def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
-    reason = "nothing there has a config"
     for file in ("adapter_config.json", "config.json"):
         try:
-            config = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
-            if config.is_file():
-                return config
+            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
             sys.exit(f"error: {name} is gated. Three steps: ask for access at https://huggingface.co/{name}, {steps}.")
@@ -96,12 +91,10 @@ def load_model(name: str, base_model: str | None, dtype: str):
 @torch.inference_mode()
 def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]:
     """Answers to the prompts (texts, or conversations as lists of messages), generated as one batch."""
-    texts = prompts
-    if not raw:
+    if not raw:  # a chat template writes the special tokens itself
         chats = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    # A chat template writes the special tokens itself.
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
     if not options["do_sample"]:
         options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along
     outputs = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
@@ -110,8 +103,6 @@ def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]
 
 def chat(model, tokenizer, **options) -> None:
     """Keeps a conversation on the terminal; its oldest turns are dropped when it no longer fits the model's context."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then edits lines
     messages = []
     print("Type a message; /new begins another conversation, an empty line or Ctrl-D ends it.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -147,9 +138,8 @@ def main() -> None:
     if args.chat:
         chat(model, tokenizer, **options)
         return
-    answers = generate(model, tokenizer, prompts, args.raw, **options)
     lines = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, args.raw, **options), strict=True):
         if len(prompts) > 1:
             print(f"> {prompt}\n{answer.strip()}\n")
         lines.append(json.dumps({"prompt": prompt, "answer": answer, "model": args.model_name_or_path}) + "\n")

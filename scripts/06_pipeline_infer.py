@@ -17,7 +17,6 @@
 Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and its base model is the one named there,
         or --base_model.
 Writes  the answers to the terminal; with --output FILE also as JSON lines.
-
 The model's chat template is applied unless --raw. Decoding is greedy. 05_generate.py does more.
 """
 
@@ -39,9 +38,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 @dataclass
 class Arguments:
-    model_name_or_path: str = field(
-        default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder of a model or an adapter."}
-    )
+    model_name_or_path: str = field(default="meta-llama/Llama-2-7b-chat-hf", metadata={"help": "Hub id or folder."})
     base_model: str | None = field(default=None, metadata={"help": "Base of the adapter, if not the one it names."})
     prompt: list[str] = field(default_factory=lambda: ["What is a large language model?"])
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
@@ -52,12 +49,10 @@ class Arguments:
 
 def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
-    reason = "nothing there has a config"
     for file in ("adapter_config.json", "config.json"):
         try:
-            config = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
-            if config.is_file():
-                return config
+            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
             sys.exit(f"error: {name} is gated. Three steps: ask for access at https://huggingface.co/{name}, {steps}.")

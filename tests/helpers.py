@@ -1,7 +1,6 @@
 """What several tests do: run a script in this process, and compute a loss without the scripts."""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -10,19 +9,18 @@ import torch
 from conftest import load
 from safetensors.torch import load_file
 
-# Several threads wait for one another longer than the tiny models take to compute.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
-
 
 def call(script: str, *args) -> None:
     """Runs a script in this process, which has imported its libraries."""
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, threads = sys.argv, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [script, *map(str, args)]
+    torch.set_num_threads(1)  # several wait for one another longer than a tiny model takes to compute
     try:
         load(script).main()
     finally:
         sys.argv = argv
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

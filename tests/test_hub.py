@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, Process, run
 from helpers import read, read_losses, read_rows, read_weights
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 DOWNLOAD, LORA, FULL, MERGE, GENERATE, PIPELINE = (path.name for path in sorted((ROOT / "scripts").glob("0[1-6]_*.py")))
 TOKEN = "hf_PLANTED" + "abcdefgh" * 3
@@ -33,7 +33,6 @@ TRAINING += ["--output_dir", "out"]
 AT_ONCE = "import time; time.sleep = lambda seconds: None\n"
 OFFLINE = "import datasets, huggingface_hub as h; h.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True\n"
 SMALL_PIECES = "import huggingface_hub as h; h.constants.DOWNLOAD_CHUNK_SIZE = 1000\n"
-WITH_TOKEN = f"import os; os.environ['HF_TOKEN'] = '{TOKEN}'\n"
 
 
 class Hub:
@@ -185,6 +184,7 @@ def hub(tiny_model, question_rows, tmp_path_factory):
     hub.older = tiny_model
     versions = [read_files(tiny_model), read_files(hub.newer)]
     hub.commits = dict(zip(("v1", "main"), hub.add("org/tiny", *versions), strict=True))
+    hub.pinned = {"name": "org/pinned", "revision": hub.add("org/pinned", *versions)[0]}
     rows = {"train": "train", "test": "validation"}
     rows = {
         f"data/{key}-00000-of-00001.jsonl": (question_rows / f"{name}.jsonl").read_bytes() for key, name in rows.items()
@@ -214,11 +214,12 @@ def order(script: str, folder: Path, *args, **faults) -> Callable[[], Process]:
 
 def order_step(script: str, folder: Path, *args, **faults) -> Callable[[], Process]:
     """The same through the runner, which gives --output_dir."""
-    *args, last = [str(arg) for arg in args if arg != "--output_dir"]
-    place = ["result"] if last == "out" else []
     order(script, folder)
-    command = [*place, "--", script, *args, *([] if place else [last])]
-    return partial(Process, ROOT / "scripts/chain/run_step.py", command, folder, **faults)
+    args, result = list(args), []
+    if "--output_dir" in args:
+        _, *result = args[-2:]
+        del args[-2:]
+    return partial(Process, ROOT / "scripts/chain/run_step.py", [*result, "--", script, *args], folder, **faults)
 
 
 def wait(*orders: Callable[[], Process]) -> list[subprocess.CompletedProcess]:
@@ -286,7 +287,10 @@ def test_a_training_records_the_hub_id_and_the_commit_of_what_it_trained(revisio
     losses = {kind: read_losses(trained / f"{kind}-{revision}/out") for kind in ("lora", "full")}
     assert losses["lora"][0] == losses["full"][0] and losses["lora"][1:] != losses["full"][1:]
     weights = {key: read_weights(place) for key, place in (("v1", hub.older), ("main", hub.newer))}
-    saved = AutoModelForCausalLM.from_pretrained(trained / f"full-{revision}/out/model").state_dict()
+    model = trained / f"full-{revision}/out/model"
+    template = read_files(hub.older if revision == "v1" else hub.newer)["chat_template.jinja"].decode()
+    assert AutoTokenizer.from_pretrained(model).chat_template == template
+    saved = AutoModelForCausalLM.from_pretrained(model).state_dict()
     distances = {key: max((saved[name] - value[name]).abs().max() for name in value) for key, value in weights.items()}
     assert 0 < distances[revision] < 0.1 < min(value for key, value in distances.items() if key != revision)
 
@@ -327,14 +331,26 @@ def test_a_training_without_a_hub_reads_the_tutorials_file_and_names_one_that_is
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
 
 
+def rename_base(adapter: Path, folder: Path, base: str, revision: str | None = None) -> Path:
+    """A copy of an adapter that names another base."""
+    shutil.copytree(adapter, folder)
+    config = read(folder / "adapter_config.json") | {"base_model_name_or_path": base, "revision": revision}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 # Answers --------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def adapters(hub, trained, tmp_path_factory):
-    """Folders of an adapter whose template is its own, and of one without tokenizer; both are also on the hub."""
+    """Folders of an adapter whose template is its own, and of one without tokenizer whose base is read at one commit
+    alone; both are also on the hub.
+    """
     folder = tmp_path_factory.mktemp("adapters")
     shutil.copytree(trained / "lora-v1/out/adapter", folder / "adapter")
     (folder / "adapter/chat_template.jinja").write_text(template("c"))
-    shutil.copytree(folder / "adapter", folder / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    bare = rename_base(folder / "adapter", folder / "bare", "org/pinned", hub.pinned["revision"])
+    for file in (*bare.glob("*token*"), *bare.glob("*.jinja")):
+        file.unlink()
     for name in ("adapter", "bare"):
         hub.add(f"org/{name}", read_files(folder / name))
     return folder
@@ -378,7 +394,8 @@ def test_a_model_and_an_adapter_answer_the_same_from_a_hub_as_from_folders(hub, 
     merged = [(where, name) for where in ("folder", "hub", "offline") for name in ("adapter", "bare")]
     for where, name in merged:
         record = read(tmp_path / f"{where}-{name}/merged/run.json")
-        assert record["base_model"] == {"name": "org/tiny", "revision": hub.commits["v1"]}
+        base = {"name": "org/tiny", "revision": hub.commits["v1"]} if name == "adapter" else hub.pinned
+        assert record["base_model"] == base
         assert record["adapter"] == {"name": str(models[name]) if where == "folder" else f"org/{name}"}
         weights, expected = (read_weights(tmp_path / f"{at}-{name}/merged/model") for at in (where, "folder"))
         assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -393,37 +410,26 @@ def test_a_model_and_an_adapter_answer_the_same_from_a_hub_as_from_folders(hub, 
 
 
 def test_scripts_run_as_processes_with_an_empty_cache_and_again_offline(hub, trained, adapters, tmp_path):
-    """The base is there at the commit that the adapter names, and at no other."""
     answer = ("--model_name_or_path", "org/adapter", "--max_new_tokens", "4", "--prompt", PROMPTS[0])
     answer += ("--output", "answers.jsonl")
     merging = (MERGE, "--model_name_or_path", "org/bare", "--max_new_tokens", "4", "--output_dir", "merged")
-    places = {tmp_path / script: (script, *answer) for script in (GENERATE, PIPELINE)} | {tmp_path / MERGE: merging}
-    run_alone(places, **hub.environment)
+    places = {tmp_path / script: (script, *answer) for script in (GENERATE, PIPELINE)}
+    run_alone(places | {tmp_path / MERGE: merging}, **hub.environment)
     found = read_answers(tmp_path / GENERATE)
     assert found == read_answers(tmp_path / PIPELINE)
-    template = (tmp_path / MERGE / "merged/model/chat_template.jinja").read_text()
-    assert template == (hub.older / "chat_template.jinja").read_text()
-    shutil.rmtree(tmp_path / MERGE / "merged")
-    for script in (GENERATE, PIPELINE):
-        (tmp_path / script / "answers.jsonl").unlink()
+    template = (tmp_path / MERGE / "merged/model/chat_template.jinja").read_bytes()
+    assert template == (hub.older / "chat_template.jinja").read_bytes()
+    (tmp_path / GENERATE / "answers.jsonl").unlink()
     shutil.move(trained / "lora-main/cache", tmp_path / LORA / "cache")
     asked = len(hub.asked)
-    run_alone(places | {tmp_path / LORA: (LORA, *TRAINING)}, **hub.environment | {"HF_HUB_OFFLINE": "1"})
-    assert read_answers(tmp_path / GENERATE) == read_answers(tmp_path / PIPELINE) == found
+    again = {tmp_path / LORA: (LORA, *TRAINING), tmp_path / GENERATE: (GENERATE, *answer)}
+    run_alone(again, **hub.environment | {"HF_HUB_OFFLINE": "1"})
+    assert read_answers(tmp_path / GENERATE) == found
     assert read_losses(tmp_path / LORA / "out") == read_losses(trained / "lora-main/out")
-    assert (tmp_path / MERGE / "merged/run.json").exists()
     assert len(hub.asked) == asked
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
-def rename_base(adapter: Path, folder: Path, base: str) -> Path:
-    """An adapter folder that names another base."""
-    shutil.copytree(adapter, folder)
-    config = read(folder / "adapter_config.json") | {"base_model_name_or_path": base, "revision": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def list_orders(model: str, data: str, adapter: Path) -> list[tuple[str, list, str]]:
     """Scripts with options to read a model, a data set, or an adapter's base; what is the matter with."""
     good = ["--model_name_or_path", "org/tiny", "--dataset_name", "org/rows"]
@@ -448,8 +454,9 @@ def test_what_is_gated_is_answered_by_three_steps_and_no_token_is_shown(hub, ada
     for number, (script, args, name) in enumerate(orders):
         runs.append((name, order(script, tmp_path / f"{number}", *args)))
         runs.append((name, order(script, tmp_path / f"{number}-env", *args)))
-        (tmp_path / f"{number}-env/.env").write_text(f"HF_TOKEN={TOKEN}\n")
-        runs.append((name, order_step(script, tmp_path / f"{number}-step", *args, code=WITH_TOKEN)))
+        (tmp_path / f"{number}-env/.env").write_text(f"HF_TOKEN={TOKEN}{number}\n")
+        code = f"import os; os.environ['HF_TOKEN'] = '{TOKEN}{number}step'"
+        runs.append((name, order_step(script, tmp_path / f"{number}-step", *args, code=code)))
     for (name, _), result in zip(runs, wait(*(begin for _, begin in runs)), strict=True):
         check_error(
             result, f"https://huggingface.co/{name}", "https://huggingface.co/settings/tokens", "HF_TOKEN=", ".env"
@@ -457,8 +464,8 @@ def test_what_is_gated_is_answered_by_three_steps_and_no_token_is_shown(hub, ada
         assert TOKEN not in result.stdout + result.stderr
     for path in [*tmp_path.rglob("*"), *hub.cache.rglob("*")]:
         assert path.name == ".env" or not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-    tokens = [token for _, path, token, _ in hub.asked[asked:] if "gated" in path]
-    assert set(tokens) == {None, f"Bearer {TOKEN}"}
+    tokens = {token for _, path, token, _ in hub.asked[asked:] if "gated" in path}
+    assert tokens == {None} | {f"Bearer {TOKEN}{n}{end}" for n in range(len(orders)) for end in ("", "step")}
 
 
 def test_what_is_not_on_a_hub_or_a_hub_that_is_not_reached_is_an_error_of_one_line(hub, adapters, tmp_path):
@@ -505,13 +512,15 @@ def test_a_transfer_that_breaks_off_once_goes_on_where_it_was(hub, adapters, tra
 
 
 def test_a_transfer_that_breaks_off_for_good_is_explained_and_the_same_command_goes_on(hub, trained, tmp_path):
+    """By the runner; a script alone ends with the library's own error."""
     hub.add("org/breaks", read_files(hub.older))
     hub.breaks["org/breaks"] = 100
-    args = (*TRAINING, "--model_name_or_path", "org/breaks")
-    alone, step = (make(LORA, tmp_path / make.__name__, *args, code=AT_ONCE) for make in (order, order_step))
-    results = wait(alone, step)
-    for result in results:
-        print(result.stderr[-1500:], result.stdout)
+    args = ("--model_name_or_path", "org/breaks", *TRAINING[2:])
+    orders = [make(LORA, tmp_path / make.__name__, *args, code=AT_ONCE) for make in (order, order_step)]
+    alone, step = wait(*orders)
+    assert alone.returncode == step.returncode == 1
+    assert "Traceback" not in step.stderr and "See to the network, and type the same command again" in step.stderr
     hub.breaks["org/breaks"] = 0
-    finish(alone, step)
-    assert 0
+    finish(*orders)
+    for place in ("order/out", "order_step/out"):
+        assert read_losses(tmp_path / place) == read_losses(trained / "lora-v1/out")

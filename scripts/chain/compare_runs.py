@@ -6,13 +6,12 @@ Reads   run.json files of trainings, and the sizes of the files beside them.
 Writes  report/comparison.md and report/comparison.json.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from figures import find_base, find_data, list_losses, measure
 from folders import fail, write_json, write_text
-from records import name_runs, read_run
+from records import make_parser, name_runs, read_run
 
 # What AMD's tutorial prints, of an MI300X: Llama-2-7b-chat, guanaco-llama2-1k, 125 steps of 8 rows. Its "full" training
 # went on with the LoRA model: the losses are within 2 % of those above, and the frozen weights stayed frozen.
@@ -105,9 +104,7 @@ def format_table(columns: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training")
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="folder for comparison.{md,json}")
     parser.add_argument("--allow_different", action="store_true", help="compare runs of different model, data or seed")

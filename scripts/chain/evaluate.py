@@ -14,7 +14,7 @@ from pathlib import Path
 
 from figures import find_data, find_training
 from folders import fail, read_json, sha256, verify, write_json, write_text
-from records import load_script
+from records import load_script, make_parser
 
 
 def count(text: str) -> int:
@@ -25,9 +25,7 @@ def count(text: str) -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--base_model", default="meta-llama/Llama-2-7b-chat-hf", help="hub id or folder of the model before training")
     add("--models", nargs="+", default=[], help="folders of adapters or trained models to set beside it")
@@ -48,10 +46,11 @@ if __name__ == "__main__":
 training, generation = load_script("02_train_lora.py"), load_script("05_generate.py")
 
 import torch
+from audit_tokens import tokenize_rows
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer
+from trl import SFTConfig
 
 
 def read_run(model: str) -> dict:
@@ -80,16 +79,6 @@ def check_training_rows(models: list[str], data: str, split: str) -> None:
             fail(f"{model} was trained on these rows of {data}. Give rows that it has not seen.")
         if trained_on and Path(data).is_dir() and trained_on != sums.get("train", trained_on):
             fail(f"{model} was trained on other rows than those of {data}. Train again: make train-lora")
-
-
-def tokenize_rows(rows: Dataset, tokenizer, max_length: int) -> SFTTrainer:
-    """A trainer that holds the rows as it tokenizes and labels them. A model 8 wide stands in: only tokens matter."""
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **ids))
-    with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, max_length=max_length, use_cpu=True, bf16=False, report_to=[])
-        return SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
 
 
 def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
@@ -152,7 +141,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
     rows = training.load_rows(args.dataset_name, args.dataset_test_split, tokenizer, "text")
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
-    trainer = tokenize_rows(rows, tokenizer, args.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(folder, max_length=args.max_length, use_cpu=True, bf16=False, report_to=[])
+        trainer = tokenize_rows(rows, None, tokenizer, config)
     if len(trainer.train_dataset) == 0:
         fail(f"no row has a token with loss within --max_length {args.max_length}. Give a larger one.")
 

@@ -6,14 +6,12 @@ Reads   run.json files of trainings.
 Writes  a picture; the end of --output names the format (.png, .svg, .pdf).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from figures import list_losses
-from folders import fail
 from matplotlib.figure import Figure
-from records import name_runs, read_run
+from records import make_parser, name_runs, read_run
 
 
 def warn(name: str, losses: list[float]) -> None:
@@ -48,9 +46,7 @@ def plot(runs: dict[str, dict], output: Path) -> None:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run.json of a training")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write (default: loss.png)")
     args = parser.parse_args()

@@ -9,12 +9,12 @@ Writes  a private repository, made where there is none; --public allows and make
 Only files of the folder itself are uploaded; a link that leads out of it stops the upload.
 """
 
-import argparse
 import re
 from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
 from folders import fail
+from records import make_parser
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the import below
 
@@ -40,9 +40,7 @@ def upload(folder: Path, files: list[Path], repo_id: str, public: bool) -> None:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="folder of an adapter or a model")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub")
     parser.add_argument("--public", action="store_true", help="make a public repository, or upload into one")

@@ -9,14 +9,13 @@ Writes  again/reproduce.yaml, a recipe with all arguments of the run, and again/
 Exits   with --compare: with status 0 if losses and weights are the same to the bit, else with 1.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from figures import find_data, list_spans
 from folders import fail, write_json, write_text
-from records import read_run
+from records import make_parser, read_run
 
 TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
 # What is given anew: paths, and what belongs to the machine or to one process.
@@ -69,9 +68,7 @@ def say_what_is_the_same(run: dict, again: dict) -> int:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--output_dir", type=Path, help="folder for the repetition")

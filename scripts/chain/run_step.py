@@ -163,7 +163,7 @@ ADVICE = (
     (r"[Ff]lash.?[Aa]ttention|attn_implementation", "Give another --attn_implementation: sdpa or eager."),
     (r"custom code|trust_remote_code", "Code of a model runs in a training alone, with --trust_remote_code true."),
     (r"safetensors", "Only weights in safetensors are read. Save or fetch the model again, or give another."),
-    (r"requested files|Connect|connect|[Oo]ffline|resolve host|send a request|50\d Server",
+    (r"requested files|Connect|connect|RemoteProtocol|Timeout|[Oo]ffline|resolve host|send a request|50\d Server",
      "See to the network, and type the same command again to go on."),
     (r"[Tt]emplate", "Mend the rows or the chat template, or, where a prompt is answered, add --raw."),
     (r"(?<!install )--\w|argument|option|keys are not used|could not be parsed", "See --help (make: ARGS=--help)."),

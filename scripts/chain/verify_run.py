@@ -9,12 +9,11 @@ Exits   with status 1 if a run leaves its curve by more than the tolerance recor
         arguments or data, or if there is a curve for none of the runs. A curve that is not binding is only shown.
 """
 
-import argparse
 from pathlib import Path
 
 from figures import find_data, list_losses
 from folders import fail, read_json, write_json
-from records import read_run
+from records import make_parser, read_run
 
 # What a loss curve depends on, besides model and rows.
 LORA_ARGUMENTS = "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora load_in_4bit".split()
@@ -113,9 +112,7 @@ def compare(curve: dict, run: dict) -> str | None:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run.json of a training")
     add("--curves", type=Path, default=Path("env/curves"), help="folder of the curves")

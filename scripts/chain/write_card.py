@@ -6,12 +6,12 @@ Reads   run.json of a training or of a merge.
 Writes  README.md in the folder adapter/ or model/ beside it.
 """
 
-import argparse
 from pathlib import Path
 
 from figures import find_base, find_data, find_training, measure
 from folders import fail, read_json, write_text
 from huggingface_hub import ModelCard, ModelCardData
+from records import make_parser
 
 CARD = """
 # {title}
@@ -139,9 +139,7 @@ def write_card(run: dict, training: dict, folder: Path) -> str:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run.json of a training or of a merge")
     file = parser.parse_args().run
     run = read_json(file) if file.is_file() else {}
