@@ -38,7 +38,7 @@ special = $(strip $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) 
 $(if $(call special,$(RECIPE)$(FROM)),$(error RECIPE=$(RECIPE) or FROM=$(FROM) has marks that mean something to a shell. Take others))
 $(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV)),$(error OUT=$(OUT) and VENV=$(VENV) must each be a \
 	path without spaces and without marks that mean something to a shell))
-$(if $(findstring hub_token,$(ARGS)),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
+$(if $(findstring hub_token,$(subst -,_,$(ARGS))),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
 export RUN BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 

@@ -18,8 +18,7 @@
 
 Reads   a model: hub id, folder, or "embedded" (SmolLM2-135M-Instruct, out of a Python package: no account needed);
         a data set: hub id, folder, or .jsonl, .json, .csv or .parquet file.
-Writes  out/base-model/ (files that are on this machine already are linked) and out/dataset/ (train.jsonl, and
-        validation.jsonl where rows are held out), each with a run.json: what it is. With --only: into out/ itself.
+Writes  out/base-model/ and out/dataset/, each with a run.json that says what it is; with --only into out/ itself.
 """
 
 import hashlib
@@ -147,10 +146,11 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Shows a row and writes train.jsonl and, where rows are held out, validation.jsonl; returns what they are."""
     path = Path(name).absolute()  # in the folder "." no data set is found
     origin = describe("dataset", name, args.dataset_revision)
-    for file in [path] if path.suffix == ".jsonl" else path.rglob("*.jsonl"):
+    for file in [path] if path.suffix in (".jsonl", ".json") else path.rglob("*.json*"):
         for number, line in enumerate(file.open("rb"), 1):
             try:
-                json.loads(line.strip() or b"{}").keys()  # at a null the reader would crash
+                if file.suffix == ".jsonl" or line.strip() == b"null":  # at which the reader would crash
+                    json.loads(line.strip() or b"{}").keys()
             except (ValueError, AttributeError) as error:
                 sys.exit(f"error: {file}, line {number} is cut off, or no JSON object: {error}. Mend that line.")
     source = {"path": str(path.parent), "data_files": {"train": path.name}} if path.is_file() else {"path": name}
@@ -182,7 +182,8 @@ def main() -> None:
         if {path.name for path in folder.iterdir()} - {"step.json"}:  # which says what is under way
             sys.exit(f"error: {folder} is not empty. Empty it, or give another --output_dir.")
         try:
-            record = {place.replace("-", "_"): fetch(names[kind], args, folder)}
+            record = json.dumps({place.replace("-", "_"): fetch(names[kind], args, folder)}, indent=2) + "\n"
+            (folder / "run.json").write_text(record, encoding="utf-8")
         except errors.GatedRepoError:
             page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{names[kind]}"
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
@@ -193,7 +194,6 @@ def main() -> None:
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or "it is empty"
             where = "" if Path(names[kind]).exists() else f" In {Path.cwd()} there is none of that name."
             sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {reason}.{where} Mend it, or give another.")
-        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

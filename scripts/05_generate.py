@@ -17,7 +17,6 @@
 Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and its base model is the one named there,
         or --base_model.
 Writes  the answers to the terminal, as they come for a single prompt; with --output FILE also as JSON lines.
-The model's chat template is applied unless --raw. Decoding is greedy unless --do_sample.
 """
 
 import contextlib
@@ -78,9 +77,10 @@ def load_model(name: str, base_model: str | None, dtype: str):
         revision = "main" if base_model else adapter.get("revision") or "main"
         find_config(base, revision)
     device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, use_safetensors=True)
+    safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=of)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if base != name:

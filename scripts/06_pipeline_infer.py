@@ -17,7 +17,6 @@
 Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and its base model is the one named there,
         or --base_model.
 Writes  the answers to the terminal; with --output FILE also as JSON lines.
-The model's chat template is applied unless --raw. Decoding is greedy. 05_generate.py does more.
 """
 
 import json
@@ -71,9 +70,11 @@ def main() -> None:
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
 
     # Set the pipeline; the tutorial gives it the name of a model alone
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=args.dtype, use_safetensors=True)
+    safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=args.dtype, **safe)
     model = PeftModel.from_pretrained(model, name) if adapter else model
-    pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(source, revision=of))
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     if not (args.raw or pipe.tokenizer.chat_template):
         sys.exit(f"error: {name!r} has no chat template. Add --raw to continue the prompt.")
 

@@ -57,7 +57,7 @@ def read_options() -> tuple[Arguments, ModelConfig, SFTConfig]:
     except IndexError:
         fail("--config has no file after it. Give --config FILE.yaml, or leave it out.")
     except Exception as error:  # of the file, of YAML, of a value
-        fail(f"{' '.join(str(error).split())} See --help.")
+        fail(f"cannot read the options, or --config: {' '.join(str(error).split()).rstrip('.')}. See --help.")
     for name in POSITIVE:
         value = getattr(args, name)
         if (name, value) != ("max_length", None) and not (isinstance(value, int | float) and value > 0):

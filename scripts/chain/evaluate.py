@@ -138,7 +138,7 @@ def main() -> None:
     if args.dataset_test_split == "validation" and any(data.glob("train.*")) and not any(data.glob("validation.*")):
         fail(f"{data} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=...")
     check_training_rows(args.models, args.dataset_name, args.dataset_test_split)
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model, trust_remote_code=False)
     rows = training.load_rows(args.dataset_name, args.dataset_test_split, tokenizer, "text")
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ FREE = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit"
 FREE |= {"run_name", "disable_tqdm", "dataset_num_proc", "per_device_eval_batch_size"}
 RECORDS = ("run.json", "step.json")  # of how a folder was made; what is in it may be the same the next time
 # What is written into a finished folder later, or may be removed from it; checkpoints are sealed one by one.
-UNSEALED = re.compile(r"(.*/)?(README\.md|SHA256SUMS|\.verified|[^/]*\.png|checkpoint-\d+/.*|runs/.*)")
+UNSEALED = re.compile(r"(.*/)?(README\.md|SHA256SUMS(\.tmp)?|\.verified(\.\d+)?|[^/]*\.png|checkpoint-\d+/.*|runs/.*)")
 
 
 def mask(text: str) -> str:
@@ -121,10 +121,11 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     sums = {name: sums[name] for name in names}
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
     text = f"# {len(sums)} files\n" + "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    write_text(folder / SUMS, text)
     paths = [folder / name for name in names]
-    for path in [*paths, *sorted({path.parent for path in paths}), folder, folder.parent]:
+    for path in [*paths, *sorted({path.parent for path in paths})]:
         flush(path)
+    write_text(folder / SUMS, text)  # when all that it lists is on the disk
+    flush(folder.parent)
     note(folder, names, hashlib.sha256(text.encode()).hexdigest())
     return sums
 
