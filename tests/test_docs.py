@@ -9,7 +9,10 @@ from transformers import LlamaConfig
 
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance", "architecture")))
+    for name in (
+        "README.md",
+        *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance", "architecture")),
+    )
 }
 
 
@@ -73,8 +76,8 @@ def test_the_step_of_the_architecture_page_works_as_it_says(tmp_path):
     (dataset / "run.json").write_text("{}")
     (dataset / "train.jsonl").write_text("three more words\n")
     python = tmp_path / ".venv/bin/python"
-    stand_in = python.read_text().replace("script=$1 folder", 'case "$*" in *07_*) exec python3 "$@" ;; esac; script=$1 folder')
-    python.write_text(stand_in)
+    real = 'case "$*" in *07_*) exec python3 "$@" ;; esac; script=$1 folder'
+    python.write_text(python.read_text().replace("script=$1 folder", real))
     said = [project.make("outputs/words/run.json") for _ in range(2)]
     assert [result.returncode for result in said] == [0, 0], said[0].stderr
     assert "3 words" in said[0].stdout and "3 words" not in said[1].stdout

@@ -27,7 +27,7 @@ FREE = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit"
 FREE |= {"run_name", "disable_tqdm", "dataset_num_proc", "per_device_eval_batch_size"}
 RECORDS = ("run.json", "step.json")  # of how a folder was made; what is in it may be the same the next time
 # What is written into a finished folder later, or may be removed from it; checkpoints are sealed one by one.
-UNSEALED = re.compile(r"(.*/)?(README\.md|SHA256SUMS(\.tmp)?|\.verified(\.\d+)?|[^/]*\.png|checkpoint-\d+/.*|runs/.*)")
+UNSEALED = re.compile(r"(.*/)?(README\.md|(SHA256SUMS|\.verified)(\.tmp)?|[^/]*\.png|checkpoint-\d+/.*|runs/.*)")
 
 
 def mask(text: str) -> str:
@@ -103,7 +103,7 @@ def note(folder: Path, names: list[str], digest: str) -> None:
     """Notes that the files are as the list of that sum says."""
     seen = {"sums": digest} | {name: look(folder / name) for name in names}
     with contextlib.suppress(OSError):  # a folder that only others may write to is read each time
-        temporary = folder / f"{NOTE}.{os.getpid()}"
+        temporary = folder / f"{NOTE}.tmp"
         temporary.write_text(json.dumps(seen), encoding="utf-8")
         temporary.replace(folder / NOTE)
 
