@@ -170,7 +170,7 @@ def test_a_model_that_would_learn_something_else_is_refused(file, settings, said
         ("--push_to_hub true", "--push_to_hub is refused"),
         ("--hub_token hf_0123456789abcdefghij", "--hub_token is refused"),
         ("--resume_from_checkpoint checkpoint-1", "--resume_from_checkpoint is refused"),
-        ("--no_such 1", "['--no_such', '1'] See --help."),
+        ("--no_such 1", "['--no_such', '1']. See --help."),
         ("--lerning_rate 1", "'--lerning_rate'"),
         ("--dataset_test train", "'--dataset_test'"),
         ("--learning_rate fast", "invalid float value: 'fast'. See --help."),

@@ -407,6 +407,7 @@ def test_a_model_and_an_adapter_answer_the_same_from_a_hub_as_from_folders(hub, 
     right = {name: answers[f"right-{name}"] for name in models}
     assert len({tuple(texts) for texts in right.values()}) == 3
     assert answers == {key: right[key.split("-")[1]] for key in answers} and len(answers) == 24
+    assert not [path for _, path, *_ in hub.asked if path.startswith("/org/pinned/resolve/main")]
 
 
 def test_scripts_run_as_processes_with_an_empty_cache_and_again_offline(hub, trained, adapters, tmp_path):

@@ -226,6 +226,21 @@ def test_sums_are_not_computed_again_for_what_has_not_changed(given, tmp_path, m
     (given / "SHA256SUMS").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     assert verify() == ["numbers.bin", "text.txt"] and verify() == []
 
+    # One that is changed while it is read
+    def sha256_late(file: Path) -> str:
+        digest = sha256(file)
+        if file.name == "text.txt":
+            file.write_text("abd")
+        return digest
+
+    (given / ".verified").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "sha256", sha256_late)
+        verify()
+    with pytest.raises(SystemExit, match="text.txt is not what was written"):
+        verify()
+    text.write_text("abc")
+
     # In a folder that only others may write to, there is no note
     def refuse(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))

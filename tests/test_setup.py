@@ -527,7 +527,7 @@ def test_a_signal_ends_the_setup_soon_and_what_was_there_comes_back(number, does
     before = made.contents()
     process = made.start(DO=f"echo $$ > reached.part; mv reached.part reached; {does}")
     process.send_signal(number)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=40)
     assert process.returncode == 130 and "is again what it was before" in said.splitlines()[-1]
     assert not session(process.pid)
     made.check(before)

@@ -99,12 +99,11 @@ def add_up(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
 
 
-def note(folder: Path, names: list[str], digest: str) -> None:
-    """Notes that the files are as the list of that sum says."""
-    seen = {"sums": digest} | {name: look(folder / name) for name in names}
+def note(folder: Path, seen: dict[str, list[int]], digest: str) -> None:
+    """Notes that the files, when they looked so, were as the list of that sum says."""
     with contextlib.suppress(OSError):  # a folder that only others may write to is read each time
         temporary = folder / f"{NOTE}.tmp"
-        temporary.write_text(json.dumps(seen), encoding="utf-8")
+        temporary.write_text(json.dumps(seen | {"sums": digest}), encoding="utf-8")
         temporary.replace(folder / NOTE)
 
 
@@ -117,6 +116,7 @@ def list_files(folder: Path) -> list[str]:
 def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     """Writes SHA256SUMS, with the sums that are known, and sees that all of the folder is on the disk; returns them."""
     names, known = list_files(folder), known or {}
+    seen = {name: look(folder / name) for name in names}
     sums = add_up(folder, [name for name in names if name not in known]) | known
     sums = {name: sums[name] for name in names}
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
@@ -126,7 +126,7 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
         flush(path)
     write_text(folder / SUMS, text)  # when all that it lists is on the disk
     flush(folder.parent)
-    note(folder, names, hashlib.sha256(text.encode()).hexdigest())
+    note(folder, seen, hashlib.sha256(text.encode()).hexdigest())
     return sums
 
 
@@ -152,12 +152,13 @@ def find_damage(folder: Path, alone: bool = False) -> str | None:
         seen = {}
     if seen.get("sums") != digest:
         seen = {}
-    changed = [name for name in expected if seen.get(name) != look(folder / name)]
+    now = {name: look(folder / name) for name in expected}
+    changed = [name for name in expected if seen.get(name) != now[name]]
     for name, found in add_up(folder, changed).items():
         if found != expected[name]:
             return f"{folder / name} is not what was written: it differs from {SUMS}"
     if changed:
-        note(folder, list(expected), digest)
+        note(folder, now, digest)
     return None
 
 

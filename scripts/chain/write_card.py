@@ -86,8 +86,6 @@ def list_figures(run: dict) -> dict[str, str]:
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB",
         "accelerator": run["accelerator"],
     }
-    if "history" not in run and arguments.get("resume_from_checkpoint"):  # of a merge: those of the last process alone
-        del figures["mean training loss"], figures["runtime"]
     if arguments["use_peft"]:
         targets = arguments["lora_target_modules"]
         layers = ", ".join(targets) if isinstance(targets, list) else targets or "PEFT's choice for the architecture"
