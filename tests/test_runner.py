@@ -617,3 +617,13 @@ def test_the_runner_copied_out_makes_another_projects_training_go_on_after_a_kil
     assert record["script"] == "sft.py" and record["options"]["max_steps"] == "10"
     assert set(record["inputs"]) == {"model", "rows"} and record["sha256"].keys() == {"adapter_model.safetensors"}
     assert load("chain/folders.py").find_damage(elsewhere / "out") is None
+
+
+@pytest.mark.parametrize("form", ["--model_name_or_path={}", "--model_name_or_path {}"])
+def test_a_result_is_not_made_from_itself(form, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "out/base-model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out/base-model").iterdir()}
+    options = form.format("out/base-model").split()
+    result = run("chain/run_step.py", "out/base-model", "--", ROOT / "scripts/01_download.py", *options, cwd=tmp_path)
+    assert result.returncode == 1 and "out/base-model is where the result goes" in result.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out/base-model").iterdir()} == before

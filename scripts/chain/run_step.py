@@ -244,8 +244,6 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
             if folder and stop.code > 128 and list_checkpoints(folder):
                 print("Stopped. Type the same command again, without RESTART=1, to go on.", file=sys.stderr)
             raise
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:  # whatever a library raises is explained
         explain(error, prediction, options, folder)
 
@@ -298,6 +296,8 @@ def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Pat
     folders.write_json(part / "run.json", own | run | {"metrics": metrics, "sha256": sums})
     folders.seal(part, sums)
     folders.replace(folder, part)
+    if "eval_loss" in metrics:
+        print(f"held-out loss {metrics['eval_loss']:.4f} over {metrics['eval_tokens']} tokens")
     print(f"The result is in {folder}, after a peak of {metrics['peak_memory_bytes'] / 2**30:.2f} GiB of memory")
 
 
@@ -322,15 +322,15 @@ def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
 
 def main() -> None:
     args, script, options = read_command()
-    if {"-h", "--help"} & set(options):
-        args.folder = None  # which asks for no result
     prediction = read_json(args.prediction) if args.prediction else {}
-    held = args.folder and folders.lock(args.folder)  # noqa: F841  until the end of this process
     inputs = {path: folders.verify(path) for path in args.reads}
     check_inputs(inputs)
-    if not args.folder:
+    if not args.folder or {"-h", "--help"} & set(options):  # nothing to publish
         run_script(script, options, prediction, None)
         return
+    if args.folder.resolve() in (Path(word.partition("=")[2] or word).resolve() for word in options):
+        fail(f"{args.folder} is where the result goes. Give what it was made from, or take another folder (OUT).")
+    held = folders.lock(args.folder)  # noqa: F841  until the end of this process
     part = args.folder.with_name(f"{args.folder.name}.part")
     step = folders.describe_step(script, options, inputs)
     checkpoint = folders.take_up(part, step, args.restart)
