@@ -141,7 +141,7 @@ def find_damage(folder: Path, alone: bool = False) -> str | None:
     if end or lines[:1] != [f"# {len(lines) - 1} files"]:
         return f"{sums} is not what was written: it does not list as many files as it says"
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines[1:])}
-    if missing := next((name for name in expected if not (folder / name).is_file()), None):
+    if (missing := next((name for name in expected if not (folder / name).is_file()), None)) is not None:
         return f"{folder / missing} is missing: {SUMS} lists it"
     if alone and (others := set(list_files(folder)) - expected.keys()):
         return f"{folder / min(others)} is not among the files that were written, in {SUMS}"
