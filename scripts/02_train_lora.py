@@ -55,6 +55,7 @@ PARAMETERS = dict(
     lr_scheduler_type="constant", warmup_steps=0.03,  # below 1 a share of all steps; constant has no warm-up
     logging_steps=50, save_steps=50, save_total_limit=2, logging_nan_inf_filter=False,  # shows a loss that is no number
 )  # fmt: skip
+STEPS = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
 
 
 @dataclass
@@ -70,8 +71,7 @@ def find_origin(name: str, revision: str) -> dict:
     try:
         return {"name": name, "revision": Path(hf_hub_download(name, "config.json", revision=revision)).parent.name}
     except errors.GatedRepoError:
-        steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
-        sys.exit(f"error: {name} is gated. Three steps: ask for access at https://huggingface.co/{name}, {steps}.")
+        sys.exit(f"error: {name} is gated. Three steps: ask for access at https://huggingface.co/{name}, {STEPS}.")
     except Exception as error:  # no such folder, no such id, no network
         sys.exit(f"error: no model at {name!r}, a folder or a hub id: {' '.join(str(error).split())[:200]}")
 
@@ -79,10 +79,12 @@ def find_origin(name: str, revision: str) -> dict:
 def load_rows(name: str, split: str, tokenizer, text_field: str) -> Dataset:
     """Rows as the trainer takes them: prompt and completion as a chat where there is a template, one BOS for texts."""
     file = Path(name).absolute()  # in the folder "." no data set is found
-    if not file.exists() and name.count("/") != 1:
-        sys.exit(f"error: no data set at {name!r}. Give a hub id, a folder, or a .jsonl, .json, .csv or .parquet file.")
     source = {"path": str(file.parent), "data_files": {split: file.name}} if file.is_file() else {"path": name}
-    rows = load_dataset(**source, split=split)
+    try:
+        rows = load_dataset(**source, split=split)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:  # no such file, id, split or access, no network
+        gate = f" Ask for access at https://huggingface.co/datasets/{name}, {STEPS}." if "a gated" in str(error) else ""
+        sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}{gate}")
     forms = (["prompt", "completion"], ["messages"], [text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
@@ -181,15 +183,13 @@ def main() -> None:
         config.base_model_name_or_path, config.revision = origin["name"], origin["revision"]
     trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(output_dir / "adapter")
-    if trainer.eval_tokens:
-        metrics |= trainer.evaluate() | {"eval_tokens": trainer.eval_tokens}
     run = {
         "base_model": origin,
         "dataset": {"name": data, "rows": len(rows)},
         "arguments": asdict(script_args) | asdict(model_args) | args.to_dict() | {"eos_token": args.eos_token},
         "parameters": {"trainable": trainable, "total": total},
         "quantization": quantization and quantization.to_dict(),
-        "metrics": metrics,
+        "metrics": metrics | (trainer.evaluate() | {"eval_tokens": trainer.eval_tokens} if trainer.eval_tokens else {}),
         "history": trainer.state.log_history,
     }
     (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str), encoding="utf-8")

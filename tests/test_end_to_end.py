@@ -48,7 +48,7 @@ def test_train_merge_compare_infer_evaluate(make):
     record = json.loads((make.output / "lora/run.json").read_text())
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     assert len(losses) == 3 and losses[0] > losses[2]
-    assert record["dataset"]["origin"]["name"] == str(make.output / "data")
+    assert record["inputs"]["dataset"]["record"]["dataset"]["name"] == str(make.output / "data")
     assert record["base_model"]["name"] == "SmolLM2-135M-Instruct"
     assert record["metrics"]["peak_memory_bytes"] < 4 * 2**30
     assert_near(record["metrics"])
@@ -92,8 +92,8 @@ def test_the_memory_of_longer_rows_is_predicted(method, script, recipe, make, tm
     model, rows = make.output / "base-model", write_rows(tmp_path / "rows.jsonl", [{"text": "memory " * 400}] * 12)
     options = ["--config", ROOT / f"env/recipes/{recipe}.yaml", "--max_length", "256", "--max_steps", "2"]
     predict = ["--model", model, "--method", method, "--output", "memory.json", "--", *options]
-    assert run("00_check_gpu.py", *predict, cwd=tmp_path).returncode == 0
-    train = ["--model_name_or_path", model, "--dataset_name", rows, "--output_dir", "out", *options]
-    result = run(script, *train, "--memory_prediction", "memory.json", cwd=tmp_path)
+    assert run("chain/predict_memory.py", *predict, cwd=tmp_path).returncode == 0
+    train = [ROOT / "scripts" / script, "--model_name_or_path", model, "--dataset_name", rows, *options]
+    result = run("chain/run_step.py", "out", "--prediction", "memory.json", "--", *train, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_near(json.loads((tmp_path / "out/run.json").read_text())["metrics"])
