@@ -33,7 +33,7 @@ def count_step(self, *args):
 
 CallbackHandler.on_step_begin = count_step
 cycles, command = int(sys.argv[1]), sys.argv[2:]
-output, answers, finders = Path(f"{command[0]}.part"), sys.stdout, list(sys.meta_path)
+output, answers = Path(f"{command[0]}.part"), sys.stdout
 sys.stdout = sys.stderr
 for _ in range(cycles):
     sys.argv = ["run_step.py", *command]
@@ -43,13 +43,14 @@ for _ in range(cycles):
         assert stop.code == 128 + signal.SIGTERM, stop.code
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    logs = count_bytes(output, "events.*")
+    logs, losses = (count_bytes(output, name) for name in ("events.*", "trainer_state.json"))  # each part adds a line
     figures = {
         "steps": steps,
         "memory (MiB)": int(status["VmRSS"].split()[0]) // 1024,
         "open files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
         "threads": int(status["Threads"]),
-        "output (kB)": (count_bytes(output) - logs) // 1000,
+        "output without logs (kB)": (count_bytes(output) - logs - losses) // 1000,
+        "losses (kB)": losses // 1000,
         "tensorboard logs (kB)": logs // 1000,
         "cache of datasets (kB)": count_bytes(Path(HF_DATASETS_CACHE)) // 1000,
     }

@@ -822,7 +822,7 @@ def test_a_signal_leaves_a_checkpoint_and_nothing_half(step, number, good, tmp_p
 def test_many_interruptions_in_one_process_leave_nothing_behind(good, tmp_path):
     good, _ = good
     # Few logs, else the list of losses would grow
-    options = ("--max_steps", "100000", "--save_steps", "100000", "--logging_steps", "100000", "--report_to", "none")
+    options = ("--max_steps", "100000", "--save_steps", "100000", "--logging_steps", "100000")
     cycles = 200 if FULL else 5
     args = (cycles, *command("lora", good, tmp_path / "made/out", *options))
     result = Process(ROOT / "tests/soak.py", args, ROOT).wait()
@@ -835,4 +835,4 @@ def test_many_interruptions_in_one_process_leave_nothing_behind(good, tmp_path):
         figures[f"{key}, after cycle {warm} and {cycles}"] = first[key], last[key]
     assert last["open files"] <= first["open files"] and last["threads"] <= first["threads"]
     assert last["memory (MiB)"] <= first["memory (MiB)"] + 32
-    assert last["output (kB)"] <= first["output (kB)"] + 32
+    assert last["output without logs (kB)"] <= first["output without logs (kB)"] + 8

@@ -278,8 +278,7 @@ def check_inputs(inputs: dict[Path, str]) -> None:
     """Stops where an input was made from another one than is read beside it: an adapter of another base model."""
     for path, record in ((path, read_record(path)) for path in inputs if path.is_dir()):
         for other, digest in inputs.items():
-            made_from = record.get("inputs", {}).get(other.name, {}).get("sha256", digest)
-            if made_from != digest:
+            if record.get("inputs", {}).get(other.name, {}).get("sha256", digest) != digest:
                 fail(f"{path} was made from another {other.name} than {other}. Make it anew, or bring that one back.")
 
 
@@ -328,14 +327,15 @@ def main() -> None:
     if not args.folder or {"-h", "--help"} & set(options):  # nothing to publish
         run_script(script, options, prediction, None)
         return
-    if args.folder.resolve() in (Path(word.partition("=")[2] or word).resolve() for word in options):
+    words = [word for before, word in zip(["", *options], options, strict=False) if before != "--only"]
+    if args.folder.resolve() in (Path(word.partition("=")[2] or word).resolve() for word in words):
         fail(f"{args.folder} is where the result goes. Give what it was made from, or take another folder (OUT).")
     held = folders.lock(args.folder)  # noqa: F841  until the end of this process
     part = args.folder.with_name(f"{args.folder.name}.part")
     step = folders.describe_step(script, options, inputs)
-    checkpoint = folders.take_up(part, step, args.restart)
-    going_on = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
-    run_script(script, [*options, *going_on, "--output_dir", str(part)], prediction, part)
+    if checkpoint := folders.take_up(part, step, args.restart):
+        options += ["--resume_from_checkpoint", str(checkpoint)]
+    run_script(script, [*options, "--output_dir", str(part)], prediction, part)
     publish(args.folder, part, script, step, inputs, prediction)
     if args.note:
         folders.write_text(args.note, os.environ.get("NOTE", "") + "\n")
