@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Process, run, write_rows
+from conftest import ROOT, Process, write_rows
 
 FULL = os.environ.get("FAULTS") == "full"
 RUNNER = ROOT / "scripts/chain/run_step.py"
@@ -83,8 +83,9 @@ def interrupt(args: list, number: int, place: int | str, folder: Path):
     return Process(RUNNER, args, folder, **faults).wait()
 
 
-def finish(args: list, folder: Path) -> str:
-    result = run(RUNNER, *args, cwd=folder)
+def finish(args: list, folder: Path, going_on=False) -> str:
+    """Runs a training to its end; one that goes on would be killed in the first step."""
+    result = Process(RUNNER, args, folder, step=(signal.SIGKILL, 1) if going_on else None).wait()
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -156,8 +157,16 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
         assert ("Stopped. Type the same command again" in result.stderr) == stopped
         assert stopped or name in NONE_YET or list(tmp_path.glob("parts.part/checkpoints/checkpoint-*"))
     else:
-        assert ("Going on from" in finish(args, tmp_path)) == (stopped or name not in NONE_YET)
+        going_on = stopped or name not in NONE_YET
+        assert ("Going on from" in finish(args, tmp_path, going_on)) == going_on
     check_same(whole, output)
+
+
+def test_the_best_checkpoint_is_kept_for_the_end(uninterrupted):
+    """Its metric is such that this is the first."""
+    whole = uninterrupted("lora", LORA["evaluation, best at the end"][0])
+    best, last = (whole / f"checkpoints/checkpoint-{step}/adapter_model.safetensors" for step in (5, 21))
+    assert (whole / "adapter/adapter_model.safetensors").read_bytes() == best.read_bytes() != last.read_bytes()
 
 
 def test_a_run_goes_on_with_a_moved_model_and_saves_as_often_as_is_asked_then(

@@ -105,6 +105,23 @@ def test_a_result_is_whole_or_not_there_and_the_last_one_stays_until_then(script
     assert not list(tmp_path.glob("copy.*"))
 
 
+def test_an_exchange_that_was_broken_off_leaves_the_older_result(script, given, tmp_path):
+    args = ("copy", "--reads", given, "--", tmp_path / "own.py", given)
+    script(COPY)
+    assert step(tmp_path, *args).returncode == 0
+    before = snapshot(tmp_path / "copy")
+    assert step(tmp_path, *args, signal=(signal.SIGKILL, "os.rename .*copy.part$")).returncode == -9
+    assert not (tmp_path / "copy").exists()
+    script("raise ValueError('no')")
+    assert "error: no" in error(step(tmp_path, *args))
+    assert snapshot(tmp_path / "copy") == before and not (tmp_path / "copy.old").exists()
+
+
+def test_options_may_be_longer_than_the_name_of_a_file(script, tmp_path):
+    result = step(tmp_path, "out", "--", script(""), "--prompts", "what color is the sky " * 20)
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_a_folder_nothing_is_written_and_the_inputs_are_verified(script, given, tmp_path):
     args = ("--reads", given, "--", script("import sys; print(sys.argv[1:])"), "--a", "b")
     before = snapshot(tmp_path)
@@ -551,7 +568,7 @@ def test_a_kill_in_a_second_save_of_one_step_leaves_an_older_checkpoint(tiny_mod
 import os, sys
 saves = []
 def hook(event, args):
-    if event == "open" and str(args[0]).endswith("checkpoint-7/trainer_state.json"):
+    if event == "open" and str(args[0]).endswith("checkpoint-7/SHA256SUMS.tmp"):
         saves.append(args[0])
         if len(saves) == 2:
             os.kill(os.getpid(), 9)

@@ -231,7 +231,7 @@ def read_options(options: list[str], reads: list[Path]) -> dict[str, str]:
     for name, values in found.items():
         if name in FREE or set(values) & inputs:
             continue
-        files = [value for value in values if Path(value).is_file()]
+        files = [value for value in values if os.path.isfile(value)]  # noqa: PTH113  a prompt may be long
         described[name] = " ".join(
             f"{Path(value).name} ({sha256(Path(value))[:12]})" if value in files else value for value in values
         )
