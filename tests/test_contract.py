@@ -151,14 +151,25 @@ def test_a_script_copied_into_an_empty_folder_says_what_to_type(script, tmp_path
         assert f"(default: {value})" in option
 
 
-@pytest.mark.parametrize(
-    ("given", "seen"), [({}, "0"), ({"HIP_VISIBLE_DEVICES": "2"}, None), ({"LOCAL_RANK": "0"}, None)]
-)
-def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(given, seen, tmp_path):
-    (tmp_path / "script.py").write_text("import os\nprint(os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
-    chosen = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK")
+def run_with(given: dict, name: str, folder) -> str:
+    """What a script finds in an environment variable when the runner has started it, with these given."""
+    (folder / "script.py").write_text(f"import os\nprint(os.environ.get({name!r}))\n")
+    chosen = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK", name)
     environment = {name: value for name, value in os.environ.items() if name not in chosen} | given
     # -S: without the installed packages
-    command = [sys.executable, "-S", ROOT / "scripts/chain/run_step.py", "--", tmp_path / "script.py"]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == (f"{seen}\n", "")
+    command = [sys.executable, "-S", ROOT / "scripts/chain/run_step.py", "--", folder / "script.py"]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.stderr == ""
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [({}, "0"), ({"HIP_VISIBLE_DEVICES": "2"}, "None"), ({"LOCAL_RANK": "0"}, "None")]
+)
+def test_one_accelerator_is_made_visible_unless_the_user_or_a_launcher_chose(given, seen, tmp_path):
+    assert run_with(given, "CUDA_VISIBLE_DEVICES", tmp_path) == seen
+
+
+def test_cudnn_is_not_the_first_choice_for_attention_unless_the_user_says_so(tmp_path):
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    assert [run_with(given, name, tmp_path) for given in ({}, {name: "0"})] == ["1", "0"]

@@ -13,7 +13,6 @@ this file seals the checkpoints, and stops a training whose loss is no number or
 
 import argparse
 import gc
-import importlib.abc
 import importlib.util
 import math
 import os
@@ -122,7 +121,7 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object
     return Guard()
 
 
-class GuardTrainings(importlib.abc.MetaPathFinder):
+class GuardTrainings:
     """Puts the guard on the list of default callbacks as soon as the script imports transformers' Trainer."""
 
     def __init__(self, folder: Path):
@@ -230,6 +229,7 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
     sys.argv, sys.path[0] = [str(script), *options], str(script.resolve().parent)
     if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator: SFTTrainer refuses several without a launcher
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # else a Hopper plans 50 ms for each new length
     argparse.ArgumentParser.error = lambda self, message: fail(f"{message}. See --help (make: ARGS=--help).")
     gc.set_threshold(100_000, 50, 50)  # looking for garbage is a quarter of the time of the libraries' import
     if folder:
