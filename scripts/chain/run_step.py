@@ -260,9 +260,9 @@ def describe_machine(script: Path) -> dict:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took on the accelerator, else the most that this process took."""
+    """Bytes: the most that tensors took on the accelerator; where none were there, the most that this process took."""
     torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
