@@ -636,11 +636,34 @@ def test_the_runner_copied_out_makes_another_projects_training_go_on_after_a_kil
     assert load("chain/folders.py").find_damage(elsewhere / "out") is None
 
 
-@pytest.mark.parametrize("form", ["--model_name_or_path={}", "--model_name_or_path {}"])
-def test_a_result_is_not_made_from_itself(form, tiny_model, tmp_path):
+OF_ITSELF = ["--model_name_or_path={}", "--model_name_or_path {}", "--model_name_or_path {}/model", "--reads {}"]
+
+
+@pytest.mark.parametrize("form", OF_ITSELF)
+def test_a_result_is_not_made_from_itself_or_from_what_is_in_it(form, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "out/base-model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out/base-model").iterdir()}
     options = form.format("out/base-model").split()
-    result = run("chain/run_step.py", "out/base-model", "--", ROOT / "scripts/01_download.py", *options, cwd=tmp_path)
+    runner, options = (options, []) if "--reads" in options else ([], options)
+    command = ("chain/run_step.py", "out/base-model", *runner, "--", ROOT / "scripts/01_download.py", *options)
+    result = run(*command, cwd=tmp_path)
     assert result.returncode == 1 and "out/base-model is where the result goes" in result.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out/base-model").iterdir()} == before
+
+
+WRONG_CALLS = {
+    "--rest": "unrecognized arguments: --rest",  # it would be taken for --restart
+    "--reads a/rows b/rows": "two of --reads have the same name",
+}
+
+
+@pytest.mark.parametrize("options", WRONG_CALLS)
+def test_a_wrong_call_is_answered_before_anything_is_lost(options, script, tmp_path):
+    result = step(tmp_path, "out", *options.split(), "--", script("print('ran')"))
+    assert WRONG_CALLS[options] in error(result) and "ran" not in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_of_several_processes_is_refused(script, tmp_path):
+    result = run("chain/run_step.py", "out", "--", script("print('ran')"), cwd=tmp_path, WORLD_SIZE="2")
+    assert "one process on one accelerator" in error(result) and "ran" not in result.stdout

@@ -19,15 +19,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from folders import fail, write_text
+from folders import fail, make_parser, write_text
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw", "paged_adamw_32bit")  # of one and the same step
 
 
 def read_options() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     parser.add_argument("--method", choices=["lora", "full"], required=True, help="what is trained")
     parser.add_argument("--config", type=Path, help="recipe whose other settings stay")
     parser.add_argument("--output", type=Path, required=True, help="file of the recipe, YAML")

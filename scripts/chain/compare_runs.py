@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from figures import find_base, find_data, list_losses, measure
-from folders import fail, write_json, write_text
-from records import make_parser, name_runs, read_run
+from folders import fail, make_parser, write_json, write_text
+from records import name_runs, read_run
 
 # What AMD's tutorial prints, of an MI300X: Llama-2-7b-chat, guanaco-llama2-1k, 125 steps of 8 rows. Its "full" training
 # went on with the LoRA model: the losses are within 2 % of those above, and the frozen weights stayed frozen.

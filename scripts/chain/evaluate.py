@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from figures import find_data, find_training
-from folders import fail, read_json, sha256, verify, write_json, write_text
-from records import load_script, make_parser
+from folders import fail, make_parser, read_json, read_record, sha256, verify, write_json, write_text
+from records import load_script
 
 
 def count(text: str) -> int:
@@ -53,12 +53,6 @@ from transformers import AutoTokenizer
 from trl import SFTConfig
 
 
-def read_run(model: str) -> dict:
-    """The record beside the folder of an adapter or a model."""
-    file = Path(model).parent / "run.json"
-    return read_json(file) if file.is_file() else {}
-
-
 def list_sums(data: Path, split: str) -> dict[str, str]:
     """Sums of the rows of each split as they were noted when they were fetched; else of the file, or the folder."""
     if data.is_file():
@@ -72,7 +66,7 @@ def check_training_rows(models: list[str], data: str, split: str) -> None:
     """Refuses a model trained on the held-out rows, or on others than those beside them: they may be among these."""
     sums = list_sums(Path(data), split)
     for model in models:
-        run = find_training(read_run(model))
+        run = find_training(read_record(Path(model).parent))
         trained_on = run and find_data(run)["train"]["sha256"]
         named = run and (run["dataset"]["name"], run["arguments"]["dataset_train_split"])
         if named == (data, split) or (trained_on and trained_on == sums.get(split)):
@@ -158,7 +152,7 @@ def main() -> None:
         folder = Path(path).resolve()
         name = "base" if not models else folder.parent.name if folder.name in ("adapter", "model") else path
         models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
-        run = read_run(path)
+        run = read_record(Path(path).parent)
         if run.get("quantization"):
             models[-1]["loss_quantized"] = run["metrics"].get("eval_loss")
         print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)

@@ -6,6 +6,7 @@ their sums were last right (size, times, inode) is noted beside it, in .verified
 again.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -39,6 +40,14 @@ def mask(text: str) -> str:
 def fail(message: str) -> NoReturn:
     """Ends with an error: its cause, and what to type or to give instead."""
     sys.exit("error: " + mask(message))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that answers what is wrong in a line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}. See --help.")
+    return parser
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -76,6 +85,11 @@ def read_json(file: Path) -> dict:
     except ValueError as error:
         fail(f"{file} is damaged: {error}. Bring it back, or remove it and make it anew.")
     return content
+
+
+def read_record(folder: Path) -> dict:
+    """What the run.json of a folder says of it, if there is one."""
+    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
 
 
 def sha256(file: Path) -> str:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from figures import list_losses
+from folders import make_parser
 from matplotlib.figure import Figure
-from records import make_parser, name_runs, read_run
+from records import name_runs, read_run
 
 
 def warn(name: str, losses: list[float]) -> None:

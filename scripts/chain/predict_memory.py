@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from folders import fail, read_json, write_json
+from folders import fail, make_parser, read_json, write_json
 from memory import METHODS, QLORA, SETTINGS, count_weights, describe_optimizer, fits, predict_memory, unknown_to
 from records import load_script
 
@@ -166,9 +166,7 @@ def predict_all(trainings: list[tuple], config: dict, where: str, memory: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="hub id or folder")
     add("--memory", type=float, metavar="GIB", help="memory of an accelerator that is not here; MI300X 192, H100 80")

@@ -13,8 +13,7 @@ import re
 from pathlib import Path
 
 from dotenv import find_dotenv, load_dotenv
-from folders import fail
-from records import make_parser
+from folders import fail, make_parser
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the import below
 

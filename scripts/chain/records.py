@@ -1,6 +1,5 @@
 """Records of runs, run.json, and the functions of the tutorial's scripts that the chain takes from them."""
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,14 +8,6 @@ from types import ModuleType
 from folders import fail, read_json
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that answers what is wrong in a line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}. See --help.")
-    return parser
 
 
 def load_script(name: str) -> ModuleType:

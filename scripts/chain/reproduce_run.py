@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from figures import find_data, list_spans
-from folders import fail, write_json, write_text
-from records import make_parser, read_run
+from folders import fail, make_parser, write_json, write_text
+from records import read_run
 
 TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
 # What is given anew: paths, and what belongs to the machine or to one process.

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import folders
-from folders import fail, list_checkpoints, read_json
+from folders import fail, list_checkpoints, make_parser, read_json, read_record
 
 
 # Trainings ------------------------------------------------------------------------------------------------------------
@@ -269,22 +269,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def read_record(path: Path) -> dict:
-    """What the run.json of an input says of it."""
-    return read_json(path / "run.json") if (path / "run.json").is_file() else {}
-
-
 def check_inputs(inputs: dict[Path, str]) -> None:
     """Stops where an input was made from another one than is read beside it: an adapter of another base model."""
-    for path, record in ((path, read_record(path)) for path in inputs if path.is_dir()):
+    for path in inputs:
+        made_from = read_record(path).get("inputs", {})
         for other, digest in inputs.items():
-            if record.get("inputs", {}).get(other.name, {}).get("sha256", digest) != digest:
+            if made_from.get(other.name, {}).get("sha256", digest) != digest:
                 fail(f"{path} was made from another {other.name} than {other}. Make it anew, or bring that one back.")
 
 
 def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Path, str], prediction: dict) -> None:
     """Adds to run.json what was run, seals the work folder, and puts it in the place of the last result."""
-    run = read_json(part / "run.json") if (part / "run.json").is_file() else {}
+    run = read_record(part)
     metrics = run.get("metrics", {}) | {"peak_memory_bytes": peak_memory()}
     if prediction.get("predictions"):
         metrics["predicted_memory_bytes"] = prediction["predictions"][0]["bytes"]["allocated"]
@@ -301,8 +297,7 @@ def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Pat
 
 
 def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}. See --help.")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", type=Path, help="where the result goes; none: the script leaves no folder")
     add("--reads", nargs="+", action="extend", type=Path, default=[], help="folders and files that it reads, to verify")
@@ -322,13 +317,18 @@ def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
 def main() -> None:
     args, script, options = read_command()
     prediction = read_json(args.prediction) if args.prediction else {}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("a step is one process on one accelerator. Start it without accelerate launch or torchrun.")
+    if len({path.name for path in args.reads}) < len(args.reads):
+        fail("two of --reads have the same name. Rename one: the record tells them apart by it.")
     inputs = {path: folders.verify(path) for path in args.reads}
     check_inputs(inputs)
     if not args.folder or {"-h", "--help"} & set(options):  # nothing to publish
         run_script(script, options, prediction, None)
         return
     words = [word for before, word in zip(["", *options], options, strict=False) if before != "--only"]
-    if args.folder.resolve() in (Path(word.partition("=")[2] or word).resolve() for word in words):
+    paths = [Path(word.partition("=")[2] or word).resolve() for word in words]
+    if any(args.folder.resolve() in (path, *path.parents) for path in [*paths, *(each.resolve() for each in inputs)]):
         fail(f"{args.folder} is where the result goes. Give what it was made from, or take another folder (OUT).")
     held = folders.lock(args.folder)  # noqa: F841  until the end of this process
     part = args.folder.with_name(f"{args.folder.name}.part")

@@ -12,8 +12,8 @@ Exits   with status 1 if a run leaves its curve by more than the tolerance recor
 from pathlib import Path
 
 from figures import find_data, list_losses
-from folders import fail, read_json, write_json
-from records import make_parser, read_run
+from folders import fail, make_parser, read_json, write_json
+from records import read_run
 
 # What a loss curve depends on, besides model and rows.
 LORA_ARGUMENTS = "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora load_in_4bit".split()

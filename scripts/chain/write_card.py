@@ -9,9 +9,8 @@ Writes  README.md in the folder adapter/ or model/ beside it.
 from pathlib import Path
 
 from figures import find_base, find_data, find_training, measure
-from folders import fail, read_json, write_text
+from folders import fail, make_parser, read_json, write_text
 from huggingface_hub import ModelCard, ModelCardData
-from records import make_parser
 
 CARD = """
 # {title}
