@@ -335,7 +335,7 @@ class Environment:
         process = subprocess.Popen(
             command or ["bash", "env/setup.sh", "--root", "root"], cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, pass_fds=pass_fds,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )  # fmt: skip
         while not reached.exists():
             assert process.poll() is None, process.communicate()
