@@ -36,8 +36,8 @@ override PYTHON := $(or $(PYTHON),python3)
 # These stand in commands as they are.
 special = $(strip $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) \ : %,$(findstring $(mark),$(1))))
 $(if $(call special,$(RECIPE)$(FROM)),$(error RECIPE=$(RECIPE) or FROM=$(FROM) has marks that mean something to a shell. Take others))
-$(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV)),$(error OUT=$(OUT) and VENV=$(VENV) must each be a \
-	path without spaces and without marks that mean something to a shell))
+$(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV))$(filter . ./,$(OUT)),$(error OUT=$(OUT) and VENV=$(VENV) \
+	must each be a path without spaces and without marks that mean something to a shell, and OUT not this folder itself))
 $(if $(findstring hub_token,$(subst -,_,$(ARGS))),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
 export RUN BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -63,8 +63,8 @@ $(if $(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell 
 # ends at once where all of that is still the same, whatever the clocks say.
 quote = '$(subst ','\'',$(1))'
 sums = $(shell cat $(1) 2> /dev/null | cksum)
-given = $(1) $(shell stat -L -c '%n %s %Y' -- $(call quote,$(1)) $(call quote,$(1))/*.* 2> /dev/null | cksum)
-inside = $(foreach step,$(1),$(step) $(shell grep -vE ' (run|step).json$$' $(OUT)/$(step)/SHA256SUMS 2> /dev/null | cksum))
+given = $(1) $(shell find -L $(call quote,$(1)) -maxdepth 3 -type f -printf '%p %s %T@\n' 2> /dev/null | sort | cksum)
+inside = $(foreach step,$(1),$(step) $(shell { grep -vE ' (run|step).json$$' $(OUT)/$(step)/SHA256SUMS || find -L $(OUT)/$(step) -type f -printf '%p %s %T@\n' | sort; } 2> /dev/null | cksum))
 script = $(wildcard scripts/*_train_$(1).py)
 training = $(if $(fast),fast $(call sums,scripts/chain/choose_fast.py)) $(call sums,$(script) $(recipe_$(1))) $(call inside,base-model dataset)
 made_check = $(call sums,scripts/00_check_gpu.py) $(shell stat -c %y $(VENV)/installed 2> /dev/null)
@@ -82,9 +82,9 @@ goal = $(patsubst $(1)=%,%,$(filter $(1)=%,$(goals)))
 asks = $(filter $(1),$(MAKECMDGOALS))
 args = $(if $(call asks,$(goal) $(if $(filter lora full,$(1)),tutorial)),$(ARGS),$(shell sed -n 's/.*; ARGS //p' $(OUT)/.notes/$(1) 2> /dev/null))
 restart = $(if $(filter 1,$(RESTART)),$(if $(filter lora full,$(1)),$(call asks,$(goal) tutorial)))
-step = $(firstword $(subst /, ,$(patsubst report/%.json,%,$(patsubst $(OUT)/%,%,$@))))
+step = $(firstword $(subst /, ,$(patsubst report/%.json,%,$(patsubst $(OUT:./%=%)/%,%,$@))))
 note = $(OUT)/.notes/$(step)
-$(OUT)/%: export NOTE = $(made_$(step)); ARGS $(call args,$(step))
+$(OUT:./%=%)/%: export NOTE = $(made_$(step)); ARGS $(call args,$(step))
 check-gpu: export NOTE = $(made_check); ARGS $(empty)
 define unless_same
 @[ ! -e $@ ] || [ "$$NOTE" != "$$(cat $(note) 2> /dev/null)" ] || [ "$(call restart,$(step))" ] || exit 0
@@ -193,7 +193,7 @@ lock: ## pin the packages anew for each backend, after a change of env/requireme
 docker-run: ## print how to build and to run the Docker image for ROCm
 	@env/docker_run.sh
 clean: ## remove what the steps left in OUT
-	@rm -rf $(foreach step,base-model dataset lora full merged,$(addprefix $(OUT)/,$(step) $(step).part $(step).old .$(step).lock)) \
+	@rm -rf $(foreach step,base-model dataset lora full merged,$(addprefix $(OUT)/,$(step) $(step).part .$(step).old)) \
 		$(addprefix $(OUT)/,.notes check answers bench report reproduce.txt reproduce.yaml)
 distclean: clean ## remove the Python environment too
 	@env/setup.sh --remove
@@ -204,7 +204,7 @@ distclean: clean ## remove the Python environment too
 short_flags = $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run = $(if $(findstring n,$(short_flags))$(findstring t,$(short_flags))$(findstring q,$(short_flags)),--dry-run)
 settings := $(foreach name,PYTHON BACKEND TORCH_INDEX TORCH_VERSION,$(name)=$($(name)))
-.PRECIOUS: $(VENV)/installed
+.PRECIOUS: $(VENV)/installed $(foreach step,base-model dataset lora full merged,$(OUT)/$(step)/run.json)
 $(VENV)/installed: env/setup.sh $(wildcard env/locks/*.txt) $(if $(findstring |$(settings)|,|$(file <$(VENV)/installed)|),,FORCE)
 	+@exec env/setup.sh $(dry_run)
 $(VENV)/tested: $(VENV)/installed
@@ -218,7 +218,7 @@ $(OUT)/check/report.json: FORCE | $(VENV)/installed
 	$(keep_note)
 
 # Steps ----------------------------------------------------------------------------------------------------------------
-sealed = $(if $(wildcard $(1)/SHA256SUMS),--reads $(call quote,$(1)))
+sealed = $(if $(shell ls $(call quote,$(1)/SHA256SUMS) 2> /dev/null),--reads $(call quote,$(1)))
 $(OUT)/base-model/run.json: FORCE | $(ready)
 	$(unless_same)
 	$(STEP) $(@D) $(call sealed,$(BASE_MODEL)) --note $(note) -- scripts/01_download.py --only model --model_name_or_path="$$BASE_MODEL" $(call args,$(step))

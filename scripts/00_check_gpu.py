@@ -479,8 +479,7 @@ def main() -> None:
     add("--output", type=Path, help="file for the report, JSON")
     parser.error = lambda message: sys.exit(f"error: {mask(message)}. See --help.")  # not 2
     args = parser.parse_args()
-    report = examine(args)
-    show(report)
+    show(report := examine(args))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -46,8 +46,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 PARAMETERS = dict(
     model_name_or_path="meta-llama/Llama-2-7b-chat-hf", dataset_name="mlabonne/guanaco-llama2-1k",
     dataset_test_split=None, output_dir="results", report_to="tensorboard",
-    dtype="float32",  # else the checkpoint's own, float16 for Llama-2
-    bf16=False, gradient_checkpointing=False,  # SFTConfig has True for both
+    dtype="float32", bf16=False, gradient_checkpointing=False,  # not Llama-2's own float16, nor SFTConfig's True, True
     use_peft=True, lora_r=64, lora_alpha=16, lora_dropout=0.1,
     num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_length=1024,
     train_sampling_strategy="group_by_length", eval_packing=False,
@@ -79,7 +78,7 @@ def find_origin(name: str, revision: str) -> dict:
 def load_rows(name: str, split: str, tokenizer, text_field: str) -> Dataset:
     """Rows as the trainer takes them: prompt and completion as a chat where there is a template, one BOS for texts."""
     file = Path(name).absolute()  # in the folder "." no data set is found
-    source = {"path": str(file.parent), "data_files": {split: file.name}} if file.is_file() else {"path": name}
+    source = {"path": str(file.parent), "data_files": {"train": file.name}} if file.is_file() else {"path": name}
     try:
         rows = load_dataset(**source, split=split)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # no such file, id, split or access, no network
@@ -138,8 +137,10 @@ def main() -> None:
     script_args, model_args, args = parser.parse_args_and_config()
     output_dir, name = Path(args.output_dir), model_args.model_name_or_path
     args.output_dir, args.include_num_input_tokens_seen = str(output_dir / "checkpoints"), "non_padding"
-    if args.packing or args.padding_free:
-        args.per_device_eval_batch_size = 1  # several would be one long row, which compute_loss could not count
+    if model_args.use_peft != ("use_peft" in PARAMETERS) or Path(name, "adapter_config.json").is_file():
+        sys.exit("error: LoRA: 02_train_lora.py, all weights: 03_train_full.py, an adapter first: 04_merge_adapter.py")
+    most = 1 if args.packing or args.padding_free else args.per_device_train_batch_size  # packed, several are one row
+    args.per_device_eval_batch_size = min(args.per_device_eval_batch_size, most)
 
     # Base model, tokenizer, data
     origin = find_origin(name, model_args.model_revision)

@@ -57,7 +57,7 @@ def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
     for file in ("adapter_config.json", "config.json"):
         try:
-            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            in_folder = Path(name, file) if Path(name).is_dir() and Path(name, file).resolve(strict=True) else None
             return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
@@ -159,6 +159,7 @@ def main() -> None:
     check("merged", expected, compute_logits(model, rows), "float32")
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir / "model", max_shard_size="5GB")
     tokenizer.save_pretrained(output_dir / "model")
+    del model  # before the other takes as much memory
     saved = load_model(str(output_dir / "model"), "main", args.dtype)
     run = {
         "base_model": training.get("base_model", {"name": base, "revision": revision}),

@@ -58,7 +58,7 @@ def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
     for file in ("adapter_config.json", "config.json"):
         try:
-            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            in_folder = Path(name, file) if Path(name).is_dir() and Path(name, file).resolve(strict=True) else None
             return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
@@ -81,10 +81,8 @@ def load_model(name: str, base_model: str | None, dtype: str):
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    if base != name:
-        model = PeftModel.from_pretrained(model, name)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    model = PeftModel.from_pretrained(model, name) if base != name else model
     return model.to(device).eval(), tokenizer
 
 
@@ -111,7 +109,7 @@ def chat(model, tokenizer, **options) -> None:
                 messages = []
                 continue
             messages.append({"role": "user", "content": text})
-            room = model.config.max_position_embeddings - options["max_new_tokens"]
+            room = model.config.get_text_config().max_position_embeddings - options["max_new_tokens"]
             while len(messages) > 1 and len(tokenizer.apply_chat_template(messages, return_dict=False)) > room:
                 del messages[:2]
             (answer,) = generate(model, tokenizer, [messages], False, **options)

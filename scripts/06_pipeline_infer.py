@@ -50,7 +50,7 @@ def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
     for file in ("adapter_config.json", "config.json"):
         try:
-            in_folder = Path(name, file).resolve(strict=True) if Path(name).is_dir() else None
+            in_folder = Path(name, file) if Path(name).is_dir() and Path(name, file).resolve(strict=True) else None
             return in_folder or Path(hf_hub_download(name, file, revision=revision))
         except errors.GatedRepoError:
             steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
@@ -64,7 +64,7 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     name, config = args.model_name_or_path, find_config(args.model_name_or_path)
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.name == "adapter_config.json" else {}
-    base = args.base_model or adapter.get("base_model_name_or_path", name)
+    base = (args.base_model or adapter["base_model_name_or_path"]) if adapter else name
     revision = (None if args.base_model else adapter.get("revision")) or "main"
     find_config(base, revision)
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)

@@ -193,7 +193,7 @@ def check_repetition(step: str, good: Path, output: Path) -> None:
 def check_older(step: str, good: Path, output: Path) -> None:
     """Asserts that the older result is there until the new one is whole."""
     if not output.exists():  # in the middle of the exchange
-        check_sums(output.with_name(f"{output.name}.old"))
+        check_sums(output.with_name(f".{output.name}.old"))
         check_sums(part_of(output))
     elif read(step, output) != read(step, good / step):
         assert read(step, output) == read(step, good / "older" / step)

@@ -114,7 +114,7 @@ def test_an_exchange_that_was_broken_off_leaves_the_older_result(script, given, 
     assert not (tmp_path / "copy").exists()
     script("raise ValueError('no')")
     assert "error: no" in error(step(tmp_path, *args))
-    assert snapshot(tmp_path / "copy") == before and not (tmp_path / "copy.old").exists()
+    assert snapshot(tmp_path / "copy") == before and not (tmp_path / ".copy.old").exists()
 
 
 def test_options_may_be_longer_than_the_name_of_a_file(script, tmp_path):

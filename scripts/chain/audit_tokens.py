@@ -33,6 +33,7 @@ POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 REFUSED = {
     "resume_from_checkpoint": "an interrupted run goes on by itself",
     "save_only_model": "nothing could go on from such a checkpoint. To save room: --save_strategy no",
+    "dataloader_persistent_workers": "a run that is gone on with would draw other dropout masks",
     "ignore_data_skip": "an interrupted run would see other rows than one that was not",
     "push_to_hub": "the training uploads nothing. Afterwards: push_model.py --help (make push)",
     "hub_token": "every user of this machine could read it there. Put HF_TOKEN=<token> into .env instead",
@@ -67,9 +68,6 @@ def read_options() -> tuple[Arguments, ModelConfig, SFTConfig]:
     for name, reason in REFUSED.items():
         if getattr(args, name):
             fail(f"--{name} is refused: {reason}. Leave it out.")
-    split = script_args.dataset_test_split
-    if split and Path(script_args.dataset_name).is_file():
-        fail(f"a file has no split {split!r}. Give a folder with train.* and {split}.* files.")
     return script_args, model_args, args
 
 

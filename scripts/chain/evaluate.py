@@ -133,7 +133,8 @@ def main() -> None:
         fail(f"{data} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=...")
     check_training_rows(args.models, args.dataset_name, args.dataset_test_split)
     tokenizer = AutoTokenizer.from_pretrained(args.base_model, trust_remote_code=False)
-    rows = training.load_rows(args.dataset_name, args.dataset_test_split, tokenizer, "text")
+    split = "train" if data.is_file() else args.dataset_test_split  # a file is that alone
+    rows = training.load_rows(args.dataset_name, split, tokenizer, "text")
     prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(folder, max_length=args.max_length, use_cpu=True, bf16=False, report_to=[])

@@ -14,7 +14,7 @@ def find_training(run: dict) -> dict | None:
 
 def find_input(run: dict, name: str) -> dict:
     """Sum and record of the folder or file that the script was given by that name."""
-    return run["inputs"].get(Path(name).name, {"sha256": None, "record": {}})
+    return run.get("inputs", {}).get(Path(name).name, {"sha256": None, "record": {}})
 
 
 def find_base(run: dict) -> dict:

@@ -87,9 +87,9 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def read_record(folder: Path) -> dict:
-    """What the run.json of a folder says of it, if there is one."""
-    return read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+def read_record(folder: Path, name: str = "run.json") -> dict:
+    """What the record of a folder says of it, if there is one."""
+    return read_json(folder / name) if (folder / name).is_file() else {}
 
 
 def sha256(file: Path) -> str:
@@ -144,10 +144,8 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     return sums
 
 
-def find_damage(folder: Path, alone: bool = False) -> str | None:
-    """What is missing in a folder, or is not as SHA256SUMS there says, or, if these have to be alone, is not listed;
-    None where nothing is, or no SHA256SUMS.
-    """
+def find_damage(folder: Path) -> str | None:
+    """What of a folder is missing, not as SHA256SUMS there says, or not listed; None where nothing is, or no sums."""
     if not (sums := folder / SUMS).is_file():
         return None
     text = sums.read_text(encoding="utf-8", errors="replace")
@@ -157,17 +155,15 @@ def find_damage(folder: Path, alone: bool = False) -> str | None:
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines[1:])}
     if (missing := next((name for name in expected if not (folder / name).is_file()), None)) is not None:
         return f"{folder / missing} is missing: {SUMS} lists it"
-    if alone and (others := set(list_files(folder)) - expected.keys()):
+    if others := set(list_files(folder)) - expected.keys():
         return f"{folder / min(others)} is not among the files that were written, in {SUMS}"
     digest = hashlib.sha256(text.encode()).hexdigest()
     try:
         seen = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         seen = {}
-    if seen.get("sums") != digest:
-        seen = {}
     now = {name: look(folder / name) for name in expected}
-    changed = [name for name in expected if seen.get(name) != now[name]]
+    changed = [name for name in expected if seen.get("sums") != digest or seen.get(name) != now[name]]
     for name, found in add_up(folder, changed).items():
         if found != expected[name]:
             return f"{folder / name} is not what was written: it differs from {SUMS}"
@@ -183,7 +179,8 @@ def verify(path: Path) -> str:
     if not path.is_dir():
         fail(f"{path} is not there. Make it first, or give another.")
     if damage := find_damage(path):
-        fail(f"{damage}. Bring it back, or remove {path} and make it anew. If you changed it: remove its {SUMS}.")
+        advice = f"remove {path}, with what it links to, and make it anew. If you changed it: remove its {SUMS}."
+        fail(f"{damage}. Bring it back, or {advice}")
     if (path / SUMS).is_file():
         lines = (path / SUMS).read_text(encoding="utf-8").splitlines()[1:]
         sums = {line[66:]: line[:64] for line in lines}
@@ -191,6 +188,15 @@ def verify(path: Path) -> str:
         sums = add_up(path, list_files(path))
     content = {name: digest for name, digest in sums.items() if name not in RECORDS}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_inputs(inputs: dict[Path, str]) -> None:
+    """Stops where an input was made from another one than is read beside it: an adapter of another base model."""
+    for path in inputs:
+        made_from = read_record(path).get("inputs", {})
+        for other, digest in inputs.items():
+            if made_from.get(other.name, {}).get("sha256", digest) != digest:
+                fail(f"{path} was made from another {other.name} than {other}. Make it anew, or bring that one back.")
 
 
 # Exchange -------------------------------------------------------------------------------------------------------------
@@ -209,12 +215,14 @@ def lock(folder: Path) -> TextIO:
     stream.write(f"{os.getpid()}\n")
     stream.flush()
     put_back(folder)
+    if folder.exists() and not (folder / "step.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        fail(f"{folder} was not made by a step, and would be lost. Move it away, or take another folder (OUT).")
     return stream
 
 
 def put_back(folder: Path) -> None:
     """Ends an exchange that was broken off between its two renames: the old folder is there again."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.old")
     if not folder.exists() and old.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -222,7 +230,7 @@ def put_back(folder: Path) -> None:
 
 def replace(folder: Path, new: Path) -> None:
     """Puts a sealed folder in the place of an older one, which is whole until then."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -297,14 +305,14 @@ def take_up(part: Path, step: dict, restart: bool) -> Path | None:
         return None
     whole = None
     for checkpoint in sealed:
-        if damage := find_damage(checkpoint, alone=True):
+        if damage := find_damage(checkpoint):
             print(f"{damage}. This checkpoint is left out.")
         else:
             whole = checkpoint
             break
     if whole is None:
         fail("no checkpoint is whole. Bring what is damaged back, or begin anew: --restart (make: RESTART=1)")
-    if differences := find_differences(step, read_json(part / "step.json")):
+    if differences := find_differences(step, read_record(part, "step.json")):
         fail(
             f"a run was interrupted after {whole}, and this is another one: {'; '.join(differences)}.\n"
             "Give what it had to go on with it; or begin this one, and lose that: --restart (make: RESTART=1)"

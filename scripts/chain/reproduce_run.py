@@ -80,6 +80,8 @@ def main() -> None:
     target, folder = TRAININGS[run["script"]]
     if args.output_dir.resolve() in args.run.resolve().parents:
         fail(f"{args.run} lies in {args.output_dir}, where the repetition would go. Add: OUT=outputs/again")
+    if (args.output_dir / folder).exists():
+        fail(f"{args.output_dir / folder} is there already. Take another OUT, or remove it to repeat the run again.")
     model, model_pin = find_source("model", run["base_model"])
     origin = find_data(run)
     data, data_pin = find_source("dataset", origin)

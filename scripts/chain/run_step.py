@@ -269,18 +269,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def check_inputs(inputs: dict[Path, str]) -> None:
-    """Stops where an input was made from another one than is read beside it: an adapter of another base model."""
-    for path in inputs:
-        made_from = read_record(path).get("inputs", {})
-        for other, digest in inputs.items():
-            if made_from.get(other.name, {}).get("sha256", digest) != digest:
-                fail(f"{path} was made from another {other.name} than {other}. Make it anew, or bring that one back.")
-
-
 def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Path, str], prediction: dict) -> None:
     """Adds to run.json what was run, seals the work folder, and puts it in the place of the last result."""
     run = read_record(part)
+    if {path: folders.verify(path) for path in inputs} != inputs:
+        fail("what it read has changed meanwhile. Bring that back, and type the same command again to go on.")
     metrics = run.get("metrics", {}) | {"peak_memory_bytes": peak_memory()}
     if prediction.get("predictions"):
         metrics["predicted_memory_bytes"] = prediction["predictions"][0]["bytes"]["allocated"]
@@ -291,7 +284,7 @@ def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Pat
     folders.write_json(part / "run.json", own | run | {"metrics": metrics, "sha256": sums})
     folders.seal(part, sums)
     folders.replace(folder, part)
-    if "eval_loss" in metrics:
+    if "eval_tokens" in metrics:
         print(f"held-out loss {metrics['eval_loss']:.4f} over {metrics['eval_tokens']} tokens")
     print(f"The result is in {folder}, after a peak of {metrics['peak_memory_bytes'] / 2**30:.2f} GiB of memory")
 
@@ -311,24 +304,27 @@ def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
         fail(f"no script {command[0] if command else 'after --'}. Give one: run_step.py FOLDER -- SCRIPT OPTIONS")
     if any(re.search(r"^--hub[_-]token|\bhf_[A-Za-z0-9]{16,}", word) for word in command):
         fail("--hub_token is refused, as any token: every user could read it. Put HF_TOKEN=<token> into .env instead.")
+    if args.folder and (args.folder.is_symlink() or not args.folder.name):
+        args.folder = args.folder.resolve()
     return args, Path(command[0]), command[1:]
 
 
 def main() -> None:
     args, script, options = read_command()
     prediction = read_json(args.prediction) if args.prediction else {}
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         fail("a step is one process on one accelerator. Start it without accelerate launch or torchrun.")
     if len({path.name for path in args.reads}) < len(args.reads):
         fail("two of --reads have the same name. Rename one: the record tells them apart by it.")
     inputs = {path: folders.verify(path) for path in args.reads}
-    check_inputs(inputs)
+    folders.check_inputs(inputs)
     if not args.folder or {"-h", "--help"} & set(options):  # nothing to publish
         run_script(script, options, prediction, None)
         return
     words = [word for before, word in zip(["", *options], options, strict=False) if before != "--only"]
-    paths = [Path(word.partition("=")[2] or word).resolve() for word in words]
-    if any(args.folder.resolve() in (path, *path.parents) for path in [*paths, *(each.resolve() for each in inputs)]):
+    given = [Path(word.partition("=")[2] or word) for word in words] + list(inputs)
+    given += [file for path in inputs for file in path.rglob("*") if file.is_symlink()]
+    if any(args.folder.resolve() in (path, *path.parents) for path in map(Path.resolve, given)):
         fail(f"{args.folder} is where the result goes. Give what it was made from, or take another folder (OUT).")
     held = folders.lock(args.folder)  # noqa: F841  until the end of this process
     part = args.folder.with_name(f"{args.folder.name}.part")
@@ -336,6 +332,8 @@ def main() -> None:
     if checkpoint := folders.take_up(part, step, args.restart):
         options += ["--resume_from_checkpoint", str(checkpoint)]
     run_script(script, [*options, "--output_dir", str(part)], prediction, part)
+    if args.note:  # not of the last result any more, and not yet of this one
+        args.note.unlink(missing_ok=True)
     publish(args.folder, part, script, step, inputs, prediction)
     if args.note:
         folders.write_text(args.note, os.environ.get("NOTE", "") + "\n")
