@@ -161,13 +161,16 @@ def test_a_merge_that_is_spoiled_on_its_way_to_the_disk_fails_and_has_no_record(
     assert not (tmp_path / "run.json").exists()
 
 
-def test_generation_settings_that_could_not_be_saved_do_not_cost_the_training(tiny_model, question_rows, tmp_path):
+@pytest.mark.parametrize("setting", ["temperature", "top_p"])
+def test_a_generation_setting_that_could_not_be_saved_does_not_cost_the_training(
+    setting, tiny_model, question_rows, tmp_path
+):
     base = shutil.copytree(tiny_model, tmp_path / "base")
-    settings = read(base / "generation_config.json") | {"temperature": 0.9, "top_p": 0.6}  # without do_sample
+    settings = read(base / "generation_config.json") | {setting: 0.9}  # without do_sample
     (base / "generation_config.json").write_text(json.dumps(settings))
     args = ("--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "full")
     call("03_train_full.py", "--model_name_or_path", base, "--dataset_name", question_rows, *FAST, *args)
-    assert read(tmp_path / "full/model/generation_config.json")["temperature"] == 0.9
+    assert read(tmp_path / "full/model/generation_config.json")[setting] == 0.9
 
 
 def test_the_pipeline_answers_as_generate_does(runs, tiny_model, tmp_path):
@@ -180,6 +183,17 @@ def test_the_pipeline_answers_as_generate_does(runs, tiny_model, tmp_path):
 
     for model in (tiny_model, runs / "lora/adapter", runs / "full/model", runs / "merged/model"):
         assert answer("05_generate.py", model) == answer("06_pipeline_infer.py", model)
+    # A whole model is not asked with another base, and folders may be of links, as the cache of the Hub has them.
+    links = tmp_path / "snapshots/main"
+    links.mkdir(parents=True)
+    for number, file in enumerate((runs / "lora/adapter").iterdir()):
+        (links / file.name).symlink_to(shutil.copy(file, tmp_path / f"blob{number}"))
+    for script in ("05_generate.py", "06_pipeline_infer.py"):
+        assert answer(script, runs / "full/model", "--base_model", tiny_model) == answer(script, runs / "full/model")
+        assert answer(script, links, "--base_model", tiny_model) == answer(script, runs / "lora/adapter")
+    call(
+        "04_merge_adapter.py", "--model_name_or_path", links, "--output_dir", tmp_path / "merged", "--prompts", "red z"
+    )
     raw = answer("05_generate.py", tiny_model, "--raw")
     assert raw == answer("06_pipeline_infer.py", tiny_model, "--raw") != answer("05_generate.py", tiny_model)
     script = shutil.copy(ROOT / "scripts/06_pipeline_infer.py", tmp_path)

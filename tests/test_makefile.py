@@ -404,6 +404,42 @@ def test_a_card_is_written_before_the_upload_and_the_base_is_not_uploaded(traine
     assert "not yours to upload" in trained.make("push", "FROM=base", "REPO=user/name").stderr
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_change_deep_in_a_data_set_or_in_an_unsealed_one_of_ours_is_seen(sealed, trained):
+    """As the Hub has it, train.* lies in data/."""
+    rows = trained.folder / ("mine/data/train.jsonl" if sealed else "outputs/dataset/train.jsonl")
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    if not sealed:  # as the documents have it for a change of one's own
+        (trained.folder / "outputs/dataset/SHA256SUMS").unlink()
+    for number in range(2):
+        rows.write_text("{}\n" * (number + 1))
+        trained.make("train-lora", "DATASET=mine" if sealed else "DATASET=data", "RECIPE=embedded")
+        fetched_only = sealed and number  # the stand-in finds the same rows
+        assert trained.steps() == ["01_download"] * sealed + [*AUDIT, *LORA] * (not fetched_only)
+        trained.make("train-lora", "DATASET=mine" if sealed else "DATASET=data", "RECIPE=embedded")
+        assert trained.steps() == []
+
+
+def test_a_sealed_model_in_a_folder_with_a_space_is_verified(project):
+    (project.folder / "my model").mkdir()
+    (project.folder / "my model/SHA256SUMS").touch()
+    project.make("download", "BASE_MODEL=my model", "RECIPE=")
+    assert "--reads my model" in project.commands()[1]
+
+
+def test_a_folder_for_results_may_begin_with_a_dot_and_a_slash(project):
+    for _ in range(2):
+        assert project.make("train-lora", "OUT=./outputs").returncode == 0
+    assert project.steps() == []
+    assert (project.folder / "outputs/lora/run.json").exists() and (project.folder / "outputs/.notes/lora").exists()
+
+
+def test_a_signal_after_the_exchange_leaves_the_record(project):
+    act(project, 'trap "[ ! -e outputs/lora/run.json ] || { kill -TERM $PPID; sleep 1; }" EXIT')
+    assert project.make("train-lora").returncode != 0
+    assert (project.folder / "outputs/lora/run.json").exists()
+
+
 def test_a_changed_model_folder_is_fetched_again_and_trained_on_again(trained):
     model = trained.folder / "model"
     model.mkdir()
@@ -512,6 +548,7 @@ def test_env_example_is_the_tutorial_without_a_recipe(project):
         (["train-full", "RECIPE=qlora"], "env/recipes/embedded-qlora.yaml quantizes the weights"),
         (["tutorial", "RECIPE=qlora", "BASE_MODEL=org/name"], "Type: make train-lora RECIPE=qlora, or"),
         (["help", "OUT=a b"], "without spaces"),
+        (["clean", "OUT=."], "OUT not this folder itself"),
         *((["help", f"{name}=a{mark}b"], "without marks") for name in ("OUT", "VENV") for mark in ";$`'\"\\|&*(#%:"),
         (["help", "MAKE_VERSION=3.81"], "GNU Make 3.81 is too old"),
         (["setup", "BACKEND=tpu"], "BACKEND=tpu is unknown"),

@@ -95,10 +95,12 @@ def test_what_pins_a_source_is_passed_on():
         (["lines.json", "--output_dir", "again"], "is not of a training"),
         (["code.json", "--output_dir", "again"], "executed code that came with its model"),
         (["lora/run.json", "--output_dir", "."], "Add: OUT=outputs/again"),
+        (["lora/run.json", "--output_dir", "done"], "done/lora is there already"),
     ],
 )
 def test_wrong_input_is_named(args, said, recorded, tmp_path, monkeypatch, capsys):
     (tmp_path / "lora").mkdir()
+    (tmp_path / "done/lora").mkdir(parents=True)
     shutil.copy(recorded / "lora/run.json", tmp_path / "lora")
     (tmp_path / "merge.json").write_text(json.dumps({"script": "04_merge_adapter.py"}))
     record = json.loads((tmp_path / "lora/run.json").read_text())

@@ -117,6 +117,66 @@ def test_an_exchange_that_was_broken_off_leaves_the_older_result(script, given, 
     assert snapshot(tmp_path / "copy") == before and not (tmp_path / ".copy.old").exists()
 
 
+def test_a_note_is_never_of_another_result_than_the_one_that_stands(script, given, tmp_path):
+    args = ("copy", "--reads", given, "--note", "note", "--", script(COPY), given)
+    (tmp_path / "note").write_text("of the result before")
+    assert step(tmp_path, *args, signal=(signal.SIGKILL, "os.rename .*copy.part$")).returncode == -9
+    assert not (tmp_path / "note").exists()
+    assert step(tmp_path, *args).returncode == 0 and (tmp_path / "note").exists()
+
+
+def test_a_folder_that_no_step_made_is_refused_and_stays(script, given, tmp_path):
+    args = ("mine", "--reads", given, "--", script(COPY), given)
+    (tmp_path / "mine/runs").mkdir(parents=True)
+    (tmp_path / "mine.old").mkdir()  # a name that people give to copies
+    (tmp_path / "mine/runs/weights").write_text("mine")
+    assert "mine was not made by a step" in error(step(tmp_path, *args))
+    assert (tmp_path / "mine/runs/weights").read_text() == "mine"
+    shutil.rmtree(tmp_path / "mine")
+    for _ in range(2):
+        assert step(tmp_path, *args).returncode == 0
+    assert (tmp_path / "mine.old").is_dir()
+
+
+def test_a_result_may_be_a_link_to_another_disk(script, given, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "copy").symlink_to("disk/copy")
+    for _ in range(2):
+        assert step(tmp_path, "copy", "--reads", given, "--", script(COPY), given).returncode == 0
+    assert (tmp_path / "copy").is_symlink() and (tmp_path / "disk/copy/run.json").is_file()
+
+
+def test_a_result_is_not_made_from_links_into_itself(script, given, tmp_path):
+    assert step(tmp_path, "copy", "--reads", given, "--", script(COPY), given).returncode == 0
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/text.txt").symlink_to(tmp_path / "copy/part/copy.txt")
+    before = snapshot(tmp_path)
+    result = step(tmp_path, "copy", "--reads", "links", "--", tmp_path / "own.py", tmp_path / "links")
+    assert "copy is where the result goes" in error(result) and snapshot(tmp_path) == before
+
+
+def test_an_input_that_changes_while_it_is_read_is_not_recorded(script, given, tmp_path):
+    replaced = f"\npathlib.Path({str(given)!r}, 'text.txt').write_text('abd')"
+    args = ("copy", "--reads", given, "--", script(COPY + replaced), given)
+    assert "text.txt is not what was written" in error(step(tmp_path, *args))
+    (given / "text.txt").write_text("abc")
+    resealed = f"\nimport sys; sys.path.append({str(ROOT / 'scripts/chain')!r})\nimport folders\n"
+    script(COPY + replaced + resealed + f"folders.seal(pathlib.Path({str(given)!r}))")
+    assert "what it read has changed meanwhile" in error(step(tmp_path, *args))
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_file_that_was_put_into_an_input_is_named(script, given, tmp_path):
+    (given / "more.txt").write_text("more")
+    said = error(step(tmp_path, "--reads", given, "--", script("print('ran')")))
+    assert "more.txt is not among the files that were written" in said
+
+
+def test_a_script_may_record_a_loss_alone(script, tmp_path):
+    code = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'run.json').write_text('{\"metrics\": {\"eval_loss\": 1}}')"
+    assert step(tmp_path, "out", "--", script(code)).returncode == 0
+
+
 def test_options_may_be_longer_than_the_name_of_a_file(script, tmp_path):
     result = step(tmp_path, "out", "--", script(""), "--prompts", "what color is the sky " * 20)
     assert result.returncode == 0, result.stderr

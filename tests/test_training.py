@@ -63,6 +63,7 @@ def test_the_result_is_what_the_tutorial_lists_and_a_record(trained, tiny_model,
     assert record["arguments"]["lora_r"] == 64 and record["arguments"]["seed"] == 42
     assert 0 < record["parameters"]["trainable"] < record["parameters"]["total"]
     assert record["quantization"] is None
+    assert record["arguments"]["per_device_eval_batch_size"] == 4  # takes no more memory than the training
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     chats = [row["prompt"] + row["completion"] for row in read_rows(question_rows / "train.jsonl")]
     tokens = sum(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats)
@@ -330,6 +331,12 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path
 BAD_TRAINING = {
     "model folder": (["--model_name_or_path", "./nowhere"], "no model at './nowhere'"),
     "data set": (["--dataset_name", "nowhere.jsonl"], "no data set at 'nowhere.jsonl'"),
+    "held-out rows of a file": (
+        ["--dataset_name", "rows.jsonl", "--dataset_test_split", "validation"],
+        "Unknown split \"validation\". Should be one of ['train']",
+    ),
+    "all weights": (["--use_peft", "false"], "all weights: 03_train_full.py"),
+    "an adapter": (["--model_name_or_path", "adapter"], "an adapter first: 04_merge_adapter.py"),
     "columns": (["--dataset_name", "columns.jsonl"], "has the columns ['question'], not text, messages, or prompt"),
 }
 
@@ -337,6 +344,9 @@ BAD_TRAINING = {
 @pytest.mark.parametrize("case", BAD_TRAINING)
 def test_a_likely_mistake_is_answered_in_a_line(case, tiny_model, question_rows, tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "columns.jsonl", [{"question": "a"}])
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
     args, said = BAD_TRAINING[case]
     command = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(question_rows), "--output_dir", "out"]
     check_refusal("02_train_lora.py", [*command, *args], said, tmp_path, monkeypatch, capsys)
