@@ -161,7 +161,7 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     origin["held_out_rows"] = count = 0 if held_out else args.validation_rows
     if count:
         if not 0 < count < len(rows):
-            sys.exit(f"error: --validation_rows {count} of {len(rows)} rows leaves none to train on, or none.")
+            sys.exit(f"error: --validation_rows (make: VALIDATION_ROWS) is {count}: give 0 to {len(rows) - 1}.")
         rows, held_out = rows.train_test_split(test_size=count, shuffle=False).values()
     print(rows, rows[min(11, len(rows) - 1)], sep="\n")  # as the tutorial does
     for split, part in {"train": rows, "validation": held_out or []}.items():
@@ -191,9 +191,9 @@ def main() -> None:
         except Exception as error:  # each hub and each reader raises its own kind
             if type(error) is OSError:  # such as a full disk
                 raise
-            reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400] or "it is empty"
-            where = "" if Path(names[kind]).exists() else f" In {Path.cwd()} there is none of that name."
-            sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {reason}.{where} Mend it, or give another.")
+            reason = " ".join(" ".join({str(error): 0, str(error.__cause__ or ""): 0}).split())[:400] or "it is empty"
+            where = "" if Path(names[kind]).exists() else f"there is no {Path.cwd() / names[kind]}, and of the Hub: "
+            sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {where}{reason}. Mend it, or give another.")
 
 
 if __name__ == "__main__":

@@ -489,7 +489,9 @@ def folder(tiny_model, tmp_path) -> Path:
     """A model, rows, and in out/ an earlier result of every step."""
     shutil.copytree(tiny_model, tmp_path / "model")
     rows(*[TEXT] * 4)(tmp_path)
-    for name in ("base-model/a", "dataset/a", "lora/a", "full/a", "merged/a", "answers.jsonl", "audit.json"):
+    for name in ("base-model", "dataset", "lora", "full", "merged"):
+        file(f"out/{name}/step.json", "{}")(tmp_path)
+    for name in ("answers.jsonl", "audit.json"):
         file(f"out/{name}", "{}")(tmp_path)
     return tmp_path
 

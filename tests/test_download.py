@@ -164,7 +164,8 @@ def test_model_and_data_go_into_folders_of_their_own(tiny_model, question_rows, 
 def test_a_hub_that_is_not_reached_is_named(only, tmp_path):
     result = step(tmp_path, only, "org/rows")  # tests are offline
     assert result.returncode == 1 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
-    assert f"cannot read the {only} 'org/rows': Cannot reach" in result.stderr
+    assert f"cannot read the {only} 'org/rows': there is no " in result.stderr
+    assert "org/rows, and of the Hub: Cannot reach" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -183,11 +184,11 @@ def test_what_is_gated_is_answered_by_three_steps(only, name, page, hub, use, re
 @pytest.mark.parametrize(
     ("only", "name", "said"),
     [
-        ("model", "org/absent", "cannot read the model 'org/absent': 404 Client Error."),
-        ("model", "nowhere/at/all", "cannot read the model 'nowhere/at/all': Repo id must be in the form"),
+        ("model", "org/absent", "org/absent, and of the Hub: 404 Client Error."),
+        ("model", "nowhere/at/all", "nowhere/at/all, and of the Hub: Repo id must be in the form"),
         ("model", "org/pickled", "no safetensors weights"),
-        ("dataset", "org/absent", "cannot read the dataset 'org/absent': 404 Client Error."),
-        ("dataset", "rows/of/nobody.jsonl", "cannot read the dataset 'rows/of/nobody.jsonl': Repo id"),
+        ("dataset", "org/absent", "org/absent, and of the Hub: 404 Client Error."),
+        ("dataset", "rows/of/nobody.jsonl", "rows/of/nobody.jsonl, and of the Hub: Repo id"),
     ],
 )
 def test_what_is_not_there_is_named(only, name, said, hub, use, refuse):
@@ -321,7 +322,8 @@ def test_a_set_with_fewer_rows_shows_its_last_and_validation_rows_can_be_held_ou
 @pytest.mark.parametrize("count", [5, -1])
 def test_rows_to_hold_out_leave_some_to_train_on(count, refuse, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"text": f"row {number}"} for number in range(5)])
-    assert f"--validation_rows {count} of 5 rows" in refuse("dataset", "rows.jsonl", "--validation_rows", count)
+    said = refuse("dataset", "rows.jsonl", "--validation_rows", count)
+    assert f"--validation_rows (make: VALIDATION_ROWS) is {count}: give 0 to 4." in said
 
 
 def test_a_folder_brings_its_validation_rows(question_rows, fetch, tmp_path):
