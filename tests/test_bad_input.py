@@ -476,7 +476,12 @@ STEPS = [
     ("script that is not there", "run_step.py $OUT/lora -- 02_train.py", nothing, "no script 02_train.py"),
     ("unknown option", "run_step.py $OUT/lora --no_such -- 02_train_lora.py", nothing, "--no_such"),
     ("changed model", LORA, both(sealed("model"), cut), "model/model.safetensors"),
-    ("changed adapter", INFER_ADAPTER, both(adapter(), sealed("lora"), file("lora/adapter/a", "")), WORKS),
+    (
+        "changed adapter",
+        INFER_ADAPTER,
+        both(adapter(), sealed("lora"), file("lora/adapter/a", "")),
+        "lora/adapter/a is not among",
+    ),
     ("incomplete model", INFER, both(sealed("model"), without("config.json")), "model/config.json is missing"),
     ("sums that are cut off", INFER, both(sealed("model"), file("model/SHA256SUMS", "# 9")), "model/SHA256SUMS"),
 ]

@@ -156,7 +156,7 @@ def find_damage(folder: Path) -> str | None:
     if (missing := next((name for name in expected if not (folder / name).is_file()), None)) is not None:
         return f"{folder / missing} is missing: {SUMS} lists it"
     if others := set(list_files(folder)) - expected.keys():
-        return f"{folder / min(others)} is not among the files that were written, in {SUMS}"
+        return f"{folder / min(others)} is not among the files that were written, in {SUMS}: take it out"
     digest = hashlib.sha256(text.encode()).hexdigest()
     try:
         seen = json.loads((folder / NOTE).read_text(encoding="utf-8"))
