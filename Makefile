@@ -69,7 +69,7 @@ script = $(wildcard scripts/*_train_$(1).py)
 training = $(if $(fast),fast $(call sums,scripts/chain/choose_fast.py)) $(call sums,$(script) $(recipe_$(1))) $(call inside,base-model dataset)
 made_check = $(call sums,scripts/00_check_gpu.py) $(shell stat -c %y $(VENV)/installed 2> /dev/null)
 made_base-model = $(call given,$(BASE_MODEL)) $(call sums,scripts/01_download.py)
-made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(call sums,scripts/01_download.py)
+made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(call sums,scripts/01_download.py scripts/chain/read_rows.py)
 made_lora = $(call training,lora)
 made_full = $(call training,full)
 made_merged = $(call sums,scripts/04_merge_adapter.py) $(call inside,lora)
@@ -224,7 +224,7 @@ $(OUT)/base-model/run.json: FORCE | $(ready)
 	$(STEP) $(@D) $(call sealed,$(BASE_MODEL)) --note $(note) -- scripts/01_download.py --only model --model_name_or_path="$$BASE_MODEL" $(call args,$(step))
 $(OUT)/dataset/run.json: FORCE | $(ready)
 	$(unless_same)
-	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/01_download.py --only dataset --dataset_name="$$DATASET" \
+	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py --dataset_name="$$DATASET" \
 		--validation_rows="$$VALIDATION_ROWS" $(call args,$(step))
 
 # Before each training an audit with its options, which may change what is learned, and a prediction of the memory: one that

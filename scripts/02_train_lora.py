@@ -39,7 +39,8 @@ load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports 
 import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub import errors, hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 # Configure fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -49,16 +50,15 @@ PARAMETERS = dict(
     dtype="float32", bf16=False, gradient_checkpointing=False,  # not Llama-2's own float16, nor SFTConfig's True, True
     use_peft=True, lora_r=64, lora_alpha=16, lora_dropout=0.1,
     num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_length=1024,
-    train_sampling_strategy="group_by_length", eval_packing=False,
-    optim="paged_adamw_32bit", learning_rate=4e-5, weight_decay=0.001, max_grad_norm=0.3,
-    lr_scheduler_type="constant", warmup_steps=0.03,  # below 1 a share of all steps; constant has no warm-up
+    train_sampling_strategy="group_by_length", optim="paged_adamw_32bit", learning_rate=4e-5, weight_decay=0.001,
+    max_grad_norm=0.3, lr_scheduler_type="constant", warmup_steps=0.03,  # 3 % of the steps; constant has no warm-up
     logging_steps=50, save_steps=50, save_total_limit=2, logging_nan_inf_filter=False,  # shows a loss that is no number
 )  # fmt: skip
 STEPS = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
 
 
 @dataclass
-class Arguments(ScriptArguments):
+class Config(SFTConfig):
     token_metrics: bool = field(default=False, metadata={"help": "TRL's loss, in chunks, with entropy and accuracy."})
 
 
@@ -75,20 +75,23 @@ def find_origin(name: str, revision: str) -> dict:
         sys.exit(f"error: no model at {name!r}, a folder or a hub id: {' '.join(str(error).split())[:200]}")
 
 
-def load_rows(name: str, split: str, tokenizer, text_field: str) -> Dataset:
+def load_rows(name: str, split: str, tokenizer, args: SFTConfig) -> Dataset:
     """Rows as the trainer takes them: prompt and completion as a chat where there is a template, one BOS for texts."""
     file = Path(name).absolute()  # in the folder "." no data set is found
     source = {"path": str(file.parent), "data_files": {"train": file.name}} if file.is_file() else {"path": name}
     try:
         rows = load_dataset(**source, split=split)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # no such file, id, split or access, no network
-        gate = f" Ask for access at https://huggingface.co/datasets/{name}, {STEPS}." if "a gated" in str(error) else ""
-        sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}{gate}")
-    forms = (["prompt", "completion"], ["messages"], [text_field])
+        sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}")
+    forms = (["prompt", "completion"], ["messages"], [args.dataset_text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:
         sys.exit(f"error: {name!r} has the columns {rows.column_names}, not text, messages, or prompt and completion.")
     rows = rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
+    if args.chat_template_path:  # a file: another model's template may need tokens that this one has no embedding of
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    if args.eos_token in tokenizer.get_vocab():  # special at once, as it is when it is loaded again
+        tokenizer.add_special_tokens({"eos_token": args.eos_token})
     if isinstance(rows[0][form[0]], str):
         if form[0] == "prompt" and tokenizer.chat_template:
             roles = {"prompt": "user", "completion": "assistant"}
@@ -108,8 +111,7 @@ class Interruption(TrainerCallback):
         self.signal = number
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        sampler = train_dataloader.batch_sampler.sampler  # draws from the process's generator, which ends with it
-        sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
+        train_dataloader.batch_sampler.sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.signal and state.global_step < state.max_steps:
@@ -117,22 +119,22 @@ class Interruption(TrainerCallback):
 
 
 class TokenLossTrainer(SFTTrainer):
-    """SFTTrainer with the mean loss of all tokens, also in evaluations, and no second pass for entropy and accuracy."""
+    """SFTTrainer with the mean loss of all tokens, in evaluations cross-entropy alone, and no pass more for metrics."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:  # the library takes the mean of batches, weighted by their rows
             num_items_in_batch = len(inputs["input_ids"]) * self.eval_tokens / len(self.eval_dataset)
-        if self.token_metrics or self.args.loss_type != "nll" or self.aux_loss_enabled:
+        mixed = self.args.loss_type != "nll" or self.aux_loss_enabled or self.args.label_smoothing_factor
+        if (mixed and model.training) or (self.args.token_metrics and not mixed):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Rows are padded on the right, where no token of a causal model looks: without a mask attention is the same,
-        # and faster. But in float32 on an accelerator PyTorch then keeps all scores where heads share keys.
-        if self.args.bf16 or self.args.device.type == "cpu":
-            inputs.pop("attention_mask", None)
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        if self.args.bf16 or self.args.device.type == "cpu":  # else all scores are kept where heads share keys
+            inputs.pop("attention_mask", None)  # rows are padded on the right, where no token looks: it is faster
+        labels, logits = inputs.pop("labels"), model(**inputs, use_cache=False).logits  # a cache mixes packed rows
+        return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 def main() -> None:
-    parser = TrlParser((Arguments, ModelConfig, SFTConfig), usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
+    parser = TrlParser((ScriptArguments, ModelConfig, Config), usage="%(prog)s [--OPTION VALUE]", allow_abbrev=False)
     parser.set_defaults(**PARAMETERS)
     script_args, model_args, args = parser.parse_args_and_config()
     output_dir, name = Path(args.output_dir), model_args.model_name_or_path
@@ -140,28 +142,25 @@ def main() -> None:
     if model_args.use_peft != ("use_peft" in PARAMETERS) or Path(name, "adapter_config.json").is_file():
         sys.exit("error: LoRA: 02_train_lora.py, all weights: 03_train_full.py, an adapter first: 04_merge_adapter.py")
     most = 1 if args.packing or args.padding_free else args.per_device_train_batch_size  # packed, several are one row
-    args.per_device_eval_batch_size = min(args.per_device_eval_batch_size, most)
+    args.per_device_eval_batch_size, args.eval_packing = min(args.per_device_eval_batch_size, most), False
 
     # Base model, tokenizer, data
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
+    args.eos_token = args.eos_token or tokenizer.eos_token  # the trainer puts it into config and generation config
     quantization = get_quantization_config(model_args)
     if quantization and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         quantization.bnb_4bit_compute_dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True, **hub,
-        quantization_config=quantization,
-    )  # fmt: skip
+    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **weights, **hub)
     data, splits = script_args.dataset_name, (script_args.dataset_train_split, script_args.dataset_test_split)
-    rows, held_out = (split and load_rows(data, split, tokenizer, args.dataset_text_field) for split in splits)
+    rows, held_out = (split and load_rows(data, split, tokenizer, args) for split in splits)
 
     # Train the adapter: the trainer puts the LoRA layers into the model
-    set_seed(args.seed)
     trainer = TokenLossTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-        callbacks=[interruption := Interruption()],
-        peft_config=get_peft_config(model_args),
+        callbacks=[interruption := Interruption()], peft_config=get_peft_config(model_args),
     )  # fmt: skip
     for layer in trainer.model.modules():
         layer.support_avx512bf16_for_cpu = False  # an evaluation would repack 4-bit weights, and they stay so
@@ -169,7 +168,6 @@ def main() -> None:
         parameter.data = parameter.data.float()  # TRL has bfloat16 on 4-bit weights, which rounds small updates away
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-    trainer.token_metrics = script_args.token_metrics
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interruption.stop)
@@ -180,10 +178,12 @@ def main() -> None:
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
     if "revision" in origin:
-        config = trainer.model.peft_config["default"]
-        config.base_model_name_or_path, config.revision = origin["name"], origin["revision"]
+        names = dict(base_model_name_or_path=origin["name"], revision=origin["revision"])
+        vars(trainer.model.peft_config["default"]).update(names)
     trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(output_dir / "adapter")
+    trainer.model.generation_config.to_json_file(output_dir / "adapter/generation_config.json")  # with the EOS
+    torch.manual_seed(args.seed)  # orders the held-out rows
     run = {
         "base_model": origin,
         "dataset": {"name": data, "rows": len(rows)},

@@ -141,8 +141,14 @@ def main() -> None:
 
     # What the adapter answers on its base model
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
-    model = PeftModel.from_pretrained(load_model(base, revision), name).eval()
+    inputs = ["input_ids", "attention_mask"]  # no token_type_ids
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False, model_input_names=inputs)
+    model = load_model(base, revision)
+    ends = model.generation_config.eos_token_id  # one, several or none
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    model = PeftModel.from_pretrained(model, name).eval()
     rows = answer_prompts(model, tokenizer, args.prompts, args.max_new_tokens)
     expected = compute_logits(model, rows)
     quantized = None

@@ -80,18 +80,22 @@ def load_model(name: str, base_model: str | None, dtype: str):
     safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
+    inputs = ["input_ids", "attention_mask"]  # no token_type_ids
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False, model_input_names=inputs)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    ends = model.generation_config.eos_token_id  # one, several or none
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     model = PeftModel.from_pretrained(model, name) if base != name else model
     return model.to(device).eval(), tokenizer
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompts: list, raw: bool, **options) -> list[str]:
+def generate(model, tokenizer, prompts: list, raw: bool, tools: list | None = None, **options) -> list[str]:
     """Answers to the prompts (texts, or conversations as lists of messages), generated as one batch."""
     if not raw:  # a chat template writes the special tokens itself
         chats = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
-        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        prompts = tokenizer.apply_chat_template(chats, tools=tools, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=raw).to(model.device)
     if not options["do_sample"]:
         options |= {"temperature": None, "top_p": None, "top_k": None}  # some models bring sampling settings along

@@ -4,10 +4,13 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from conftest import load
 from safetensors.torch import load_file
+
+OPTIONS = SimpleNamespace(dataset_text_field="text", chat_template_path=None)  # what load_rows takes of a training's
 
 
 def call(script: str, *args) -> None:

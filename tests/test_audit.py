@@ -13,6 +13,7 @@ TUTORIAL_ROWS = [
     {"text": "<s>[INST] a [/INST] red </s><s>[INST] b [/INST] red </s>"},
 ]
 PAIR = {"prompt": [{"role": "user", "content": "a b c"}], "completion": [{"role": "assistant", "content": "red"}]}
+EOS = "{{ ' ' + eos_token }}"
 MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "red"}]}
 
 
@@ -89,16 +90,19 @@ def test_the_tutorials_own_rows(tiny_model, tmp_path):
     if not GUANACO.exists():
         pytest.skip(f"the tutorial's data set is not at {GUANACO}")
     from transformers import AutoTokenizer
-    from trl import SFTConfig
 
     script = load("chain/audit_tokens.py")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = load("02_train_lora.py").load_rows(str(GUANACO), "train", tokenizer, "text")
+    training = load("02_train_lora.py")
+    config = training.Config(str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to=[])
+    rows = training.load_rows(str(GUANACO), "train", tokenizer, config)
     assert len(rows) == 1000 and rows[0]["text"].startswith("[INST]")  # its BOS is the tokenizer's now
-    config = SFTConfig(str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to=[])
     trainer = script.tokenize_rows(rows, None, tokenizer, config)
-    counts, problems = script.audit(trainer.train_dataset, tokenizer, 1024)
-    assert problems == [] and counts["rows"] == 1000 and counts["tokenizer_adds_bos"]
+    config.max_length = 1024
+    counts, problems = script.look_at_tokens(trainer.train_dataset, tokenizer, config, {tokenizer.eos_token_id})
+    assert counts["rows"] == 1000 and counts["tokenizer_adds_bos"] and script.look_at_text(rows, tokenizer) == {}
+    assert all("--max_length 1024" in what for what in problems)
+    assert counts["rows_that_keep_their_end"] == 1000 - counts["rows_cut_by_max_length"]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ def test_two_bos_stop_the_chain(audit, model):
     template = model / "chat_template.jinja"
     template.write_text("{{ bos_token + ' ' + bos_token + ' ' }}" + template.read_text())
     said, report = audit([MESSAGES])
-    assert report is None and "1 rows begin with two BOS (first: row 1)" in said
+    assert report is None and "1 of 1 rows have <s> twice: take one out of the rows or of the chat template" in said
 
 
 def test_an_eos_without_loss_stops_the_chain(audit, model):
@@ -118,7 +122,7 @@ def test_an_eos_without_loss_stops_the_chain(audit, model):
 
 def test_prompts_that_fill_max_length_stop_the_chain(audit):
     said, report = audit([PAIR], "--max_length", 4)
-    assert report is None and "1 rows have no token to learn from within --max_length (first: row 1)" in said
+    assert report is None and "1 of 1 rows have no token to learn from within --max_length 4" in said
 
 
 def test_held_out_rows_without_a_token_to_measure_stop_the_chain(audit):
@@ -200,6 +204,133 @@ def test_max_length_may_be_any(audit, tmp_path):
     assert (report["max_length"], report["longest_row"], report["tokens"]) == (None, 8, 8)
 
 
+# Rows as they are trained ---------------------------------------------------------------------------------------------
+LLAMA = [{"prompt": "a", "completion": "red"}] * 20
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+WRONG = {
+    "special tokens in an answer": ({"prompt": "a", "completion": "red </s>"}, "have a format already"),
+    "the template's own words": ({"prompt": "[INST] a [/INST]", "completion": "red"}, "have a format already"),
+    "BOS in a message": ({"prompt": "<s> a", "completion": "red"}, "<s> twice"),
+    "EOS twice": ({"prompt": "a", "completion": "red </s>"}, "</s> twice"),
+    "an empty answer": ({"prompt": "a", "completion": "  "}, "have an empty question or answer"),
+    "an empty question": ({"prompt": "", "completion": "red"}, "have an empty question or answer"),
+    "a prompt that fills the row": ({"prompt": "a " * 60, "completion": "red"}, "have no token to learn from within"),
+    "an answer that is cut": (
+        {"prompt": "a", "completion": "red " * 60},
+        "lose their end and its EOS to --max_length 30",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_with_many_rows_stops_the_chain_and_with_few_it_is_said(what, audit):
+    row, said = WRONG[what]
+    message, report = audit([row, *LLAMA], "--max_length", 30)
+    assert report is not None and f"warning: 1 of 21 rows {said}" in message or said in message
+    assert "(first: row 1)" in message
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_it_stops_the_chain_where_it_is_wrong_with_many(what, audit):
+    row, said = WRONG[what]
+    message, report = audit([row] * 8, "--max_length", 30)
+    assert report is None and "8 of 8 rows" in message and said in message
+
+
+def test_a_cut_is_told_with_what_is_lost_and_what_would_be_enough(audit):
+    long = [{"prompt": "a", "completion": "b " * 30}, {"prompt": "a", "completion": "b " * 10}] * 9
+    message, report = audit([*long, *LLAMA, *LLAMA, *LLAMA, *LLAMA, *LLAMA], "--max_length", 12)
+    assert (
+        "warning: 18 of 118 rows lose their end and its EOS to --max_length 12: --max_length 36 keeps 99 %" in message
+    )
+    # 6 tokens of the template and EOS beside the words
+    whole = 9 * (30 + 6) + 9 * (10 + 6) + 100 * 6
+    assert report["share_of_tokens_cut"] == pytest.approx(1 - (18 * 12 + 100 * 6) / whole)
+    assert (report["max_length_for_99_percent"], report["rows_that_keep_their_end"]) == (36, 100)
+    assert report["tokens"] == 18 * 12 + 100 * 6
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("bfd", 12), ("bfd_split", 36)])
+def test_a_row_is_cut_as_its_packing_cuts_it(strategy, kept, audit):
+    rows = [{"prompt": "a", "completion": "b " * 30}, *LLAMA]
+    options = ("--max_length", 12, "--packing", "true", "--packing_strategy", strategy)
+    assert audit(rows, *options)[1]["tokens"] == kept + 20 * 6
+
+
+def test_the_end_of_a_row_is_kept_where_its_beginning_is_cut(audit):
+    rows = [{"prompt": "a", "completion": "b " * 30}] * 4
+    _, report = audit(rows, "--max_length", 12, "--truncation_mode", "keep_end")
+    assert report["rows_that_keep_their_end"] == 4 and report["tokens"] == 4 * 12
+
+
+def test_a_model_that_stops_at_more_than_its_eos_may_end_with_any_of_them(audit, model):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace(" + eos_token", " + 'z'"))
+    said, report = audit([MESSAGES])
+    assert report is None and "have no </s> in the labels, and the model would not learn to stop" in said
+    change(model / "generation_config.json", eos_token_id=[2, 24])  # 24 is z
+    shutil.rmtree(model.parent / "rows")
+    assert audit([MESSAGES])[1] is not None
+
+
+def test_another_end_is_named_with_the_option_that_makes_it_the_eos(audit, model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    change(model / "tokenizer_config.json", **settings | {"additional_special_tokens": ["z"]})
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace(" + eos_token", " + 'z'"))
+    said, _ = audit([MESSAGES] * 2)
+    assert "or add --eos_token 'z', which stands there" in said
+    shutil.rmtree(model.parent / "rows")
+    assert audit([MESSAGES] * 2, "--eos_token", "z")[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [MESSAGES["messages"][0]]}, "1 of 1 rows do not end with an answer of the assistant"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                ]
+            },
+            "1 of 1 rows have tool_calls, which the chat template leaves out",
+        ),
+        ({**MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}, "1 of 1 rows have tools, which the"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
+            "row 1 holds image, and text alone is trained here",
+        ),
+    ],
+)
+def test_rows_that_teach_no_answer_are_named(row, said, audit):
+    message, report = audit([row])
+    assert report is None and said in message
+
+
+def test_a_call_that_the_template_writes_is_no_fault(audit, model):
+    template = model / "chat_template.jinja"
+    call = "{{ message['content'] ~ (message['tool_calls'] or '') }}"
+    template.write_text(template.read_text().replace("{{ ' ' + message['content'] + ' ' + eos_token }}", call + EOS))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    assert audit([{"messages": turns}])[1] is not None
+
+
+def test_a_row_that_the_template_does_not_take_is_named_with_its_calls(audit):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    said, report = audit([MESSAGES, {"messages": turns}])
+    assert report is None and "row 2: the chat template does not take it, and its tool calls: " in said
+
+
+def test_padding_with_a_token_that_the_model_has_not_is_refused(audit, model):
+    change(model / "tokenizer_config.json", pad_token="<pad>")
+    said, report = audit([MESSAGES])
+    assert report is None and "pads with a token that the model has no embedding of. Add: --pad_token '</s>'" in said
+    shutil.rmtree(model.parent / "rows")
+    assert audit([MESSAGES], "--pad_token", "</s>")[1] is not None
+
+
 # As a step ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "said"),
@@ -216,4 +347,4 @@ def test_what_the_template_says_of_the_rows_is_explained(content, said, model, t
     result = run("chain/run_step.py", "--reads", "model", "--", script, *options, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert said in result.stderr[result.stderr.index("error: ") :]
-    assert "Mend the rows or the chat template" in result.stderr
+    assert "row 1: the chat template does not take it" in result.stderr

@@ -222,7 +222,7 @@ ARGUMENTS = [
     ("negative batch, 03", f"{FULL} --per_device_train_batch_size -1", nothing, "--per_device_train_batch_size"),
     ("batch of 0, audit", f"{AUDIT} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
     ("batch of 0, prediction", f"{PREDICT} --per_device_train_batch_size 0", nothing, "--per_device_train_batch_size"),
-    ("batch of 0, evaluate", f"{EVALUATE} --batch_size 0", adapter(), "--batch_size"),
+    ("length of 0, evaluate", f"{EVALUATE} --max_length 0", adapter(), "--max_length"),
     ("held-out batch of 0", f"{LORA} --per_device_eval_batch_size 0", nothing, "--per_device_eval_batch_size"),
     ("accumulation of 0", f"{LORA} --gradient_accumulation_steps 0", nothing, "--gradient_accumulation_steps"),
     ("length of 0, 02", f"{LORA} --max_length 0", nothing, "--max_length"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import load
-from helpers import call, read
+from helpers import OPTIONS, call, read
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -14,7 +14,7 @@ LORA = LoraConfig(r=4, task_type="CAUSAL_LM")
 
 def make_trainer(model, question_rows, tiny_model, folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = load("02_train_lora.py").load_rows(str(question_rows), "train", tokenizer, "text")
+    rows = load("02_train_lora.py").load_rows(str(question_rows), "train", tokenizer, OPTIONS)
     config = SFTConfig(str(folder), bf16=False, max_steps=1, learning_rate=0.1, report_to=[], save_strategy="no")
     return SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
 

@@ -25,7 +25,6 @@ from transformers import (
     MixtralForCausalLM,
     Trainer,
 )
-from trl import SFTConfig
 
 script = load("chain/choose_fast.py")
 # Exit status 0 where a recipe has a setting that is true, else 3.
@@ -241,9 +240,8 @@ def test_padded_rows_without_a_mask_give_the_loss_and_gradients_with_it(trainer,
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a" + " b" * 20]})
-    settings = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", bf16=False)
+    settings = load(trainer).Config(str(tmp_path), per_device_train_batch_size=2, report_to="none", bf16=False)
     trainer = load(trainer).TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
-    trainer.token_metrics = False
     (batch,) = trainer.get_train_dataloader()
     assert sorted(batch["attention_mask"].sum(1).tolist())[0] < batch["attention_mask"].shape[1]  # one is padded
     seen = []
@@ -275,14 +273,13 @@ def test_the_mask_is_left_out_where_attention_has_a_fast_kernel_without(
 ):
     model, tokenizer = (kind.from_pretrained(tiny_model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     rows = Dataset.from_dict({"text": ["what color is a", "what color is a b"]})
-    settings = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=bf16)
+    settings = load(trainer).Config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=bf16)
     trainer = load(trainer).TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
-    trainer.token_metrics = False
     (batch,), seen = trainer.get_train_dataloader(), []
     monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
-    monkeypatch.setattr(Trainer, "compute_loss", lambda self, model, inputs, *args: seen.append(set(inputs)))
+    model.register_forward_pre_hook(lambda model, args, inputs: seen.append(set(inputs)), with_kwargs=True)
     trainer.compute_loss(model.train(), dict(batch))
-    assert seen == [set(batch) - (set() if masked else {"attention_mask"})]
+    assert seen == [{"input_ids", "use_cache"} | ({"attention_mask"} if masked else set())]
 
 
 def test_the_peak_memory_is_that_of_the_process_and_not_of_its_parent():
@@ -319,9 +316,8 @@ def test_another_loss_is_computed_by_trl(trainer, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     script = load(trainer)
     for model, options, same in ((dense, {}, False), (dense, {"loss_type": "dft"}, True), (experts, {}, True)):
-        settings = SFTConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **options)
+        settings = script.Config(output_dir=str(tmp_path), report_to="none", bf16=False, **options)
         trainer = script.TokenLossTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
-        trainer.token_metrics = False
         (batch,) = trainer.get_train_dataloader()
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1  # as a training sets it

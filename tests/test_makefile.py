@@ -33,7 +33,7 @@ if [ "$folder" ]; then
     case "$script $*" in
         *02_train_lora*) mkdir "$folder/adapter" ;;
         *03_train_full*|*04_merge*) mkdir "$folder/model" ;;
-        *--only\ dataset*) touch "$folder/validation.jsonl" ;;
+        *read_rows*) touch "$folder/validation.jsonl" ;;
     esac
     { cksum <<< "$*"; cat "${read_folders[@]}"; } | cksum > "$folder/SHA256SUMS"  # of what it was made of
     echo '{}' > "$folder/run.json"
@@ -62,7 +62,7 @@ VARIABLES = (
 # The audit of the data, and the prediction of the memory.
 AUDIT = ["audit_tokens", "predict_memory"]
 LORA = ["02_train_lora", "write_card", "plot_loss"]
-TRAINING = ["00_check_gpu", "01_download", "01_download", *AUDIT, *LORA]
+TRAINING = ["00_check_gpu", "01_download", "read_rows", *AUDIT, *LORA]
 FULL = [*AUDIT, "03_train_full", "write_card", "plot_loss"]
 ANSWERS = [*["05_generate"] * 4, "06_pipeline_infer"]
 REST = ["compare_runs", "plot_loss", "04_merge_adapter", "write_card", *ANSWERS]
@@ -163,7 +163,7 @@ def test_a_run_is_reproduced_with_its_own_model_data_and_arguments(trained):
     first, *commands, last = [command for command in trained.commands() if not command.startswith("-m")]
     assert first == "scripts/chain/reproduce_run.py outputs/lora/run.json --output_dir again"
     assert last == "scripts/chain/reproduce_run.py outputs/lora/run.json --compare again/full/run.json"
-    model, data = (command for command in commands if "01_download" in command)
+    model, data = (command for command in commands if "01_download" in command or "read_rows" in command)
     assert "--model_name_or_path=org/name --model_revision c0ffee" in model
     assert "--dataset_name=my data.jsonl --validation_rows=5 --model_revision c0ffee" in data
     (training,) = (command for command in commands if "03_train_full" in command)
@@ -185,11 +185,11 @@ def test_no_target_prints_the_targets(project):
 
 
 CHANGED = [
-    ("scripts/01_download.py", ["01_download", "01_download"]),  # which makes the same again
+    ("scripts/01_download.py", ["01_download", "read_rows"]),  # which makes the same again
     ("scripts/02_train_lora.py", [*AUDIT, *LORA]),
     ("scripts/chain/plot_loss.py", []),
     ("env/recipes/embedded.yaml", [*AUDIT, *LORA]),
-    ("data/train.jsonl", ["01_download"]),  # the stand-in makes the same of it
+    ("data/train.jsonl", ["read_rows"]),  # the stand-in makes the same of it
     ("README.md", []),
 ]
 
@@ -215,8 +215,8 @@ def date_results(project, days: float) -> None:
     [
         ("ARGS=--max_steps 5", [*AUDIT, *LORA]),
         ("RECIPE=", [*AUDIT, *LORA]),
-        ("DATASET=other.jsonl", ["01_download", *AUDIT, *LORA]),
-        ("VALIDATION_ROWS=9", ["01_download", *AUDIT, *LORA]),
+        ("DATASET=other.jsonl", ["read_rows", *AUDIT, *LORA]),
+        ("VALIDATION_ROWS=9", ["read_rows", *AUDIT, *LORA]),
         ("BASE_MODEL=org/name", ["01_download", *AUDIT, *LORA]),
     ],
 )
@@ -253,7 +253,7 @@ def test_other_arguments_train_again_and_stay_with_their_step(trained):
 
 def test_settings_reach_the_commands(trained):
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
-    assert trained.steps() == ["01_download", *AUDIT, *LORA]
+    assert trained.steps() == ["read_rows", *AUDIT, *LORA]
     assert "--dataset_name=other.jsonl --validation_rows=9" in trained.commands()[0]
     assert "--config" not in " ".join(trained.commands())
 
@@ -415,7 +415,7 @@ def test_a_change_deep_in_a_data_set_or_in_an_unsealed_one_of_ours_is_seen(seale
         rows.write_text("{}\n" * (number + 1))
         trained.make("train-lora", "DATASET=mine" if sealed else "DATASET=data", "RECIPE=embedded")
         fetched_only = sealed and number  # the stand-in finds the same rows
-        assert trained.steps() == ["01_download"] * sealed + [*AUDIT, *LORA] * (not fetched_only)
+        assert trained.steps() == ["read_rows"] * sealed + [*AUDIT, *LORA] * (not fetched_only)
         trained.make("train-lora", "DATASET=mine" if sealed else "DATASET=data", "RECIPE=embedded")
         assert trained.steps() == []
 

@@ -3,12 +3,13 @@
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, check_refusal, load, run, start, write_rows
 from datasets import Dataset
-from helpers import call, measure, read, read_losses, read_rows
+from helpers import OPTIONS, call, measure, read, read_losses, read_rows
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -244,7 +245,7 @@ def test_rows_of_every_form_from_every_kind_of_file(form, suffix, model, tiny_mo
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     if form == "strings without template":
         tokenizer.chat_template = None
-    rows = load("02_train_lora.py").load_rows(str(file), "train", tokenizer, "text")
+    rows = load("02_train_lora.py").load_rows(str(file), "train", tokenizer, OPTIONS)
     assert len(rows) == 3 and set(rows.column_names) == set(row)
     config = SFTConfig(str(tmp_path / "out"), bf16=False, report_to=[])
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
@@ -257,11 +258,12 @@ def test_rows_of_every_form_from_every_kind_of_file(form, suffix, model, tiny_mo
 def test_rows_keep_their_tools_their_own_column_and_a_bos_that_no_tokenizer_adds(tiny_model, tmp_path):
     load_rows, tokenizer = load("02_train_lora.py").load_rows, AutoTokenizer.from_pretrained(tiny_model)
     file = str(write_rows(tmp_path / "rows.jsonl", [{"messages": [QUESTION], "tools": ["x"], "source": "y"}]))
-    assert load_rows(file, "train", tokenizer, "text").column_names == ["messages", "tools"]
+    assert load_rows(file, "train", tokenizer, OPTIONS).column_names == ["messages", "tools"]
+    line = SimpleNamespace(dataset_text_field="line", chat_template_path=None)
     file = str(write_rows(tmp_path / "own.jsonl", [{"line": "<s>a", "source": "y"}]))
-    assert load_rows(file, "train", tokenizer, "line")[0] == {"line": "a"}
+    assert load_rows(file, "train", tokenizer, line)[0] == {"line": "a"}
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    assert load_rows(file, "train", tokenizer, "line")[0] == {"line": "<s>a"}
+    assert load_rows(file, "train", tokenizer, line)[0] == {"line": "<s>a"}
 
 
 def test_an_adapter_of_a_hub_model_names_the_hub_id(tiny_model, question_rows, tmp_path):

@@ -2,19 +2,29 @@
 
     python evaluate.py --base_model MODEL --models out/lora/adapter --dataset_name DATA --output_dir report
 
-Reads   MODEL (hub id or folder), adapters or full models, and the validation rows of DATA. With rows of prompt and
-        completion the loss is on the completions alone, as in training.
+Reads   MODEL (hub id or folder), adapters or full models, and the validation rows of DATA.
 Writes  report/evaluation.md and report/evaluation.json: loss (nats per token), perplexity, greedy answers.
+
+Each model is measured as it was when it was trained, by the trainer of 02_train_lora.py with the options in run.json
+(template, EOS, masks, max_length, precision, batches), and the base model on the same tokens.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 from figures import find_data, find_training
 from folders import fail, make_parser, read_json, read_record, sha256, verify, write_json, write_text
 from records import load_script
+
+# What gives tokens, labels, batches and precision.
+OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field", "seed")
+OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "bf16", "fp16", "tf32")
+OPTIONS += ("token_metrics",)
 
 
 def count(text: str) -> int:
@@ -32,10 +42,9 @@ def read_arguments() -> argparse.Namespace:
     add("--dataset_name", default="outputs/dataset", help="hub id, folder, or .jsonl, .json, .csv or .parquet file")
     add("--dataset_test_split", default="validation", help="split to measure on")
     add("--prompts", nargs="+", default=[], help="prompts to answer (default: the first five of the split)")
-    add("--max_length", type=count, default=1024, help="rows are cut to that many tokens (default: 1024)")
+    add("--max_length", type=count, help="rows are cut to that many tokens (default: as in the training, else 1024)")
     add("--max_new_tokens", type=count, default=96, help="the most tokens of an answer (default: 96)")
-    add("--batch_size", type=count, default=8, help="rows in a batch (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (default: as in the training)")
     add("--output_dir", type=Path, default=Path("report"), help="folder for evaluation.md and evaluation.json")
     return parser.parse_args()
 
@@ -46,11 +55,7 @@ if __name__ == "__main__":
 training, generation = load_script("02_train_lora.py"), load_script("05_generate.py")
 
 import torch
-from audit_tokens import tokenize_rows
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
-from trl import SFTConfig
 
 
 def list_sums(data: Path, split: str) -> dict[str, str]:
@@ -76,52 +81,85 @@ def check_training_rows(models: list[str], data: str, split: str) -> None:
 
 
 def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
-    """Questions of the first rows with the answers that stand there, or the tutorial's query for rows of text."""
-    if not {"prompt", "messages"} & set(rows.column_names):
-        return [{"prompt": "What is a large language model?", "reference": None}]
+    """Conversations of the first rows up to their last answer, that answer, and the tools; the tutorial's query for
+    rows of text."""
     chosen = []
     for row in rows.select(range(min(count, len(rows)))):
-        if "messages" in row:
-            number = next(i for i, message in enumerate(row["messages"]) if message["role"] == "user")
-            question, *answer = (message["content"] for message in row["messages"][number : number + 2])
-        elif isinstance(row["prompt"], str):
-            question, answer = row["prompt"], [row["completion"]]
+        if isinstance(row.get("prompt"), str):
+            prompt, reference = row["prompt"], row["completion"]
+        elif messages := row.get("messages") or row.get("prompt", []) + row.get("completion", []):
+            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            prompt = messages[: answers[-1]] if answers else messages
+            reference = messages[answers[-1]]["content"] if answers else None
         else:
-            question, answer = row["prompt"][-1]["content"], [row["completion"][-1]["content"]]
-        chosen.append({"prompt": question, "reference": answer[0] if answer else None})
+            return [{"prompt": "What is a large language model?", "reference": None, "tools": None}]
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        chosen.append({"prompt": prompt, "reference": reference, "tools": tools})
     return chosen
 
 
-@torch.inference_mode()
-def held_out_loss(model, rows: Dataset, collator, batch_size: int) -> tuple[float, int]:
-    """Mean cross-entropy in nats over all labelled tokens of tokenized rows, and their number."""
-    rows = rows.select_columns(["input_ids", "labels"])
-    rows = rows.select(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
-    total, labelled = 0.0, 0
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
-        number = (batch["labels"][:, 1:] != -100).sum().item()
-        inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        total, labelled = total + model(**inputs).loss.item() * number, labelled + number
-    return total / labelled, labelled
+def read_options(run: dict, args: argparse.Namespace, folder: str) -> training.Config:
+    """The options of a training as far as they concern what is measured; without a record those of the script."""
+    options = training.PARAMETERS | run.get("arguments", {})
+    options = {"per_device_eval_batch_size": 8} | {name: options[name] for name in OPTIONS if name in options}
+    if args.max_length:
+        options["max_length"] = args.max_length
+    return training.Config(folder, report_to=[], eval_packing=False, **options)
+
+
+def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: list[dict], max_new_tokens: int) -> dict:
+    """Held-out loss, what it was measured on, and greedy answers, each alone as of 05_generate.py: in a batch rounding
+    is another."""
+    greedy, raw, answers = {"max_new_tokens": max_new_tokens, "do_sample": False}, not tokenizer.chat_template, []
+    for each in prompts:
+        answers += generation.generate(model, tokenizer, [each["prompt"]], raw, each["tools"], **greedy)
+    trainer = training.TokenLossTrainer(
+        model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    rows = trainer.eval_dataset
+    trainer.eval_tokens = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
+    if not trainer.eval_tokens:
+        fail(f"no row has a token with loss within --max_length {config.max_length}. Give a larger one.")
+    torch.manual_seed(config.seed)  # as in the training
+    loss = trainer.evaluate()["eval_loss"]
+    kind = "completions" if trainer.completion_only_loss else "all tokens"
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "rows": len(rows),
+        "tokens": trainer.eval_tokens,
+        "measured": "assistant turns" if config.assistant_only_loss else kind,
+        "tokens_sha256": hashlib.sha256(json.dumps([*rows["input_ids"], *rows["labels"]]).encode()).hexdigest(),
+        "answers": answers,
+    }
 
 
 def format_report(report: dict) -> str:
-    """The report as Markdown: a table of losses, then each prompt with the answers."""
-    base = report["models"][0]["loss"]
-    lines = ["# Evaluation", "", f"{report['rows']} held-out rows of {report['dataset']}, "]
-    lines[-1] += f"{report['tokens']} tokens with loss."
-    lines += ["", "| model | loss | against base | perplexity |", "| --- | --- | --- | --- |"]
-    for model in report["models"]:
-        change = f"{100 * (model['loss'] / base - 1):+.1f} %"
-        lines.append(f"| {model['name']} | {model['loss']:.4f} | {change} | {model['perplexity']:.2f} |")
+    """The report as Markdown: a table of losses for each set of tokens, then each prompt with the answers."""
+    lines = ["# Evaluation"]
+    for _, group in groupby(report["models"], lambda model: model["tokens_sha256"]):
+        base, *others = group
+        lines += ["", "{rows} held-out rows of {0}, {tokens} tokens: {measured}.".format(report["dataset"], **base)]
+        lines += ["", "| model | loss | against base | perplexity |", "| --- | --- | --- | --- |"]
+        for model in (base, *others):
+            change = f"{100 * (model['loss'] / base['loss'] - 1):+.1f} %"
+            lines.append(f"| {model['name']} | {model['loss']:.4f} | {change} | {model['perplexity']:.2f} |")
     for model in report["models"]:
         if on_quantized := model.get("loss_quantized"):
             lines += ["", f"{model['name']} was trained on quantized weights, where its loss is {on_quantized:.4f}."]
             lines += ["Here it is measured on those of full precision."]
-    for number, prompt in enumerate(report["prompts"]):
-        lines += ["", f"## {prompt['prompt']}", ""]
-        if prompt["reference"]:
-            lines.append(f"- **the data set**: {prompt['reference']}")
+    lines += [f"\n{note}" for note in report["notes"]]
+    for number, each in enumerate(report["prompts"]):
+        *before, last = each["prompt"] if isinstance(each["prompt"], list) else [{"content": each["prompt"]}]
+        lines += [
+            "",
+            f"## {last['content']}",
+            "",
+            *(f"- {message['role']}: {message['content']}" for message in before),
+        ]
+        if each["reference"]:
+            lines.append(f"- **the data set**: {each['reference']}")
         lines += [f"- **{model['name']}**: {' '.join(model['answers'][number].split())}" for model in report["models"]]
     return "\n".join(lines) + "\n"
 
@@ -132,34 +170,38 @@ def main() -> None:
     if args.dataset_test_split == "validation" and any(data.glob("train.*")) and not any(data.glob("validation.*")):
         fail(f"{data} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=...")
     check_training_rows(args.models, args.dataset_name, args.dataset_test_split)
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model, trust_remote_code=False)
     split = "train" if data.is_file() else args.dataset_test_split  # a file is that alone
-    rows = training.load_rows(args.dataset_name, split, tokenizer, "text")
-    prompts = [{"prompt": prompt, "reference": None} for prompt in args.prompts] or choose_prompts(rows)
-    with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(folder, max_length=args.max_length, use_cpu=True, bf16=False, report_to=[])
-        trainer = tokenize_rows(rows, None, tokenizer, config)
-    if len(trainer.train_dataset) == 0:
-        fail(f"no row has a token with loss within --max_length {args.max_length}. Give a larger one.")
-
-    models, model = [], None
-    for path in [args.base_model, *args.models]:
-        del model  # before the next one is loaded
-        model, tokenizer = generation.load_model(path, args.base_model, args.dtype)
-        loss, tokens = held_out_loss(model, trainer.train_dataset, trainer.data_collator, args.batch_size)
-        texts, raw = [prompt["prompt"] for prompt in prompts], not tokenizer.chat_template
-        greedy = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-        answers = generation.generate(model, tokenizer, texts, raw, **greedy)
+    prompts = [{"prompt": prompt, "reference": None, "tools": None} for prompt in args.prompts]
+    groups, notes = {}, []
+    for path in args.models or [args.base_model]:
+        record = read_record(Path(path).parent)
+        run = find_training(record) or {}
+        dtype = args.dtype or run.get("arguments", {}).get("dtype", "float32")
+        model, tokenizer = generation.load_model(path, args.base_model, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            config = read_options(run, args, folder)
+            rows = training.load_rows(args.dataset_name, split, tokenizer, config)
+            prompts = prompts or choose_prompts(rows)
+            result = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
+            group = groups.setdefault(result["tokens_sha256"], [])
+            if not group and path != args.base_model:
+                del model  # before the next one is loaded
+                model, _ = generation.load_model(args.base_model, None, dtype)
+                base = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
+                group.append({"name": "base", "path": args.base_model} | base)
+        del model
         folder = Path(path).resolve()
-        name = "base" if not models else folder.parent.name if folder.name in ("adapter", "model") else path
-        models.append({"name": name, "path": path, "loss": loss, "perplexity": math.exp(loss), "answers": answers})
-        run = read_record(Path(path).parent)
-        if run.get("quantization"):
-            models[-1]["loss_quantized"] = run["metrics"].get("eval_loss")
-        print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
+        name = folder.parent.name if folder.name in ("adapter", "model") else path
+        group.append({"name": name if path != args.base_model else "base", "path": path} | result)
+        if record.get("quantization"):
+            group[-1]["loss_quantized"] = record["metrics"].get("eval_loss")
+        if "strftime_now" in str(tokenizer.chat_template):
+            notes += [f"The chat template of {name} writes the date: it was trained with that of {run.get('started')}."]
+        for each in group[-2:] if len(group) == 2 else group[-1:]:
+            print(f"{each['name']}: loss {each['loss']:.4f}, perplexity {each['perplexity']:.2f}", flush=True)
 
-    number = len(trainer.train_dataset)
-    report = {"dataset": args.dataset_name, "rows": number, "tokens": tokens, "prompts": prompts, "models": models}
+    models = [each for group in groups.values() for each in group]
+    report = {"dataset": args.dataset_name, "prompts": prompts, "notes": notes, "models": models}
     write_text(args.output_dir / "evaluation.md", format_report(report))
     write_json(args.output_dir / "evaluation.json", report)
     print(f"The report is {args.output_dir / 'evaluation.md'}")

@@ -43,10 +43,11 @@ Base model: {base_license}. Training data: {data_license}. What was made of them
 """
 LOADING = {
     "adapter": """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="float32")
 model = PeftModel.from_pretrained(base, "FOLDER")
+model.generation_config = GenerationConfig.from_pretrained("FOLDER")  # with the EOS that was trained
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """,
     "model": """from transformers import AutoModelForCausalLM, AutoTokenizer
