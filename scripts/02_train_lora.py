@@ -17,13 +17,12 @@
 # ///
 """Fine-tune a causal language model with LoRA and save the adapter.
 
-    python 02_train_lora.py --model_name_or_path MODEL --dataset_name DATA --output_dir out
+    python 02_train_lora.py --model_name_or_path MODEL --dataset_name DATA [--dataset_test_split SPLIT] --output_dir out
 
 Reads   MODEL (hub id or folder) and DATA (hub id, folder, .jsonl, .json, .csv or .parquet file) with the columns text,
-        or messages, or prompt and completion; --dataset_test_split names the rows to measure, not to train on.
+        or messages, or prompt and completion. Options: trl.SFTConfig's and trl.ModelConfig's, or --config FILE.yaml.
 Writes  out/adapter/, out/checkpoints/ (with tensorboard logs) and, at the end, out/run.json: what was trained, and how.
 Ctrl-C and SIGTERM save a checkpoint, to go on with: --resume_from_checkpoint out/checkpoints/checkpoint-N.
-Every field of trl.SFTConfig and trl.ModelConfig is an option, here or in --config FILE.yaml.
 """
 
 import json
@@ -82,7 +81,8 @@ def load_rows(name: str, split: str, tokenizer, args: SFTConfig) -> Dataset:
     try:
         rows = load_dataset(**source, split=split)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # no such file, id, split or access, no network
-        sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}")
+        gate = f" Ask for access at https://huggingface.co/datasets/{name}, {STEPS}." if "a gated" in str(error) else ""
+        sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}{gate}")
     forms = (["prompt", "completion"], ["messages"], [args.dataset_text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None:

@@ -10,7 +10,8 @@ import torch
 from conftest import load
 from safetensors.torch import load_file
 
-OPTIONS = SimpleNamespace(dataset_text_field="text", chat_template_path=None)  # what load_rows takes of a training's
+# What load_rows takes of the options of a training.
+OPTIONS = SimpleNamespace(dataset_text_field="text", chat_template_path=None, eos_token=None)
 
 
 def call(script: str, *args) -> None:

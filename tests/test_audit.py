@@ -210,7 +210,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 WRONG = {
     "special tokens in an answer": ({"prompt": "a", "completion": "red </s>"}, "have a format already"),
     "the template's own words": ({"prompt": "[INST] a [/INST]", "completion": "red"}, "have a format already"),
-    "BOS in a message": ({"prompt": "<s> a", "completion": "red"}, "<s> twice"),
+    "BOS in a message": ({"prompt": "<s> a", "completion": "red"}, "have a format already"),
     "EOS twice": ({"prompt": "a", "completion": "red </s>"}, "</s> twice"),
     "an empty answer": ({"prompt": "a", "completion": "  "}, "have an empty question or answer"),
     "an empty question": ({"prompt": "", "completion": "red"}, "have an empty question or answer"),
@@ -241,16 +241,16 @@ def test_a_cut_is_told_with_what_is_lost_and_what_would_be_enough(audit):
     long = [{"prompt": "a", "completion": "b " * 30}, {"prompt": "a", "completion": "b " * 10}] * 9
     message, report = audit([*long, *LLAMA, *LLAMA, *LLAMA, *LLAMA, *LLAMA], "--max_length", 12)
     assert (
-        "warning: 18 of 118 rows lose their end and its EOS to --max_length 12: --max_length 36 keeps 99 %" in message
+        "warning: 18 of 118 rows lose their end and its EOS to --max_length 12: --max_length 35 keeps 99 %" in message
     )
-    # 6 tokens of the template and EOS beside the words
-    whole = 9 * (30 + 6) + 9 * (10 + 6) + 100 * 6
+    # beside the words of an answer 5 tokens: BOS, [INST], a, [/INST], EOS
+    whole = 9 * (30 + 5) + 9 * (10 + 5) + 100 * 6
     assert report["share_of_tokens_cut"] == pytest.approx(1 - (18 * 12 + 100 * 6) / whole)
-    assert (report["max_length_for_99_percent"], report["rows_that_keep_their_end"]) == (36, 100)
+    assert (report["max_length_for_99_percent"], report["rows_that_keep_their_end"]) == (35, 100)
     assert report["tokens"] == 18 * 12 + 100 * 6
 
 
-@pytest.mark.parametrize(("strategy", "kept"), [("bfd", 12), ("bfd_split", 36)])
+@pytest.mark.parametrize(("strategy", "kept"), [("bfd", 12), ("bfd_split", 35)])
 def test_a_row_is_cut_as_its_packing_cuts_it(strategy, kept, audit):
     rows = [{"prompt": "a", "completion": "b " * 30}, *LLAMA]
     options = ("--max_length", 12, "--packing", "true", "--packing_strategy", strategy)

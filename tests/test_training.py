@@ -259,7 +259,7 @@ def test_rows_keep_their_tools_their_own_column_and_a_bos_that_no_tokenizer_adds
     load_rows, tokenizer = load("02_train_lora.py").load_rows, AutoTokenizer.from_pretrained(tiny_model)
     file = str(write_rows(tmp_path / "rows.jsonl", [{"messages": [QUESTION], "tools": ["x"], "source": "y"}]))
     assert load_rows(file, "train", tokenizer, OPTIONS).column_names == ["messages", "tools"]
-    line = SimpleNamespace(dataset_text_field="line", chat_template_path=None)
+    line = SimpleNamespace(dataset_text_field="line", chat_template_path=None, eos_token=None)
     file = str(write_rows(tmp_path / "own.jsonl", [{"line": "<s>a", "source": "y"}]))
     assert load_rows(file, "train", tokenizer, line)[0] == {"line": "a"}
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
