@@ -73,7 +73,7 @@ made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(call sums,scripts/0
 made_lora = $(call training,lora)
 made_full = $(call training,full)
 made_merged = $(call sums,scripts/04_merge_adapter.py) $(call inside,lora)
-made_evaluation = $(call sums,scripts/chain/evaluate.py) $(call inside,base-model dataset $(evaluated))
+made_evaluation = $(call sums,scripts/chain/evaluate.py scripts/02_train_lora.py scripts/05_generate.py) $(call inside,base-model dataset $(evaluated))
 made_comparison = $(call sums,scripts/chain/compare_runs.py $(OUT)/lora/run.json $(OUT)/full/run.json)
 made_answers = $(PROMPT) $(call sums,scripts/05_generate.py scripts/06_pipeline_infer.py) $(call inside,base-model lora full merged)
 # ARGS belongs to the step that is asked for, of the tutorial to both trainings; one made on the way keeps its own.

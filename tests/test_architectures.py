@@ -4,6 +4,7 @@ A few of them in the tests; all of them, as a table: ARCHITECTURES=all make test
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def answer_plainly(model, tokenizer, questions: list) -> list[str]:
     return answers
 
 
+def evaluate(model, tokenizer, run: dict, data, folder) -> tuple[float, int]:
+    """Held-out loss and tokens as evaluate.py measures them."""
+    script = load("chain/evaluate.py")
+    config = script.read_options(run, SimpleNamespace(max_length=None), str(folder))
+    rows = load("02_train_lora.py").load_rows(str(data), "validation", tokenizer, config)
+    measured = script.measure(model, tokenizer, rows, config, [], 1)
+    return measured["loss"], measured["tokens"]
+
+
 @pytest.mark.parametrize("name", TESTED)
 def test_what_was_trained_is_measured_merged_and_answers_the_same_everywhere(name, tiny_model, question_rows, tmp_path):
     base, held_out = tmp_path / "base", question_rows / "validation.jsonl"
@@ -69,31 +79,32 @@ def test_what_was_trained_is_measured_merged_and_answers_the_same_everywhere(nam
     adapter = ("--model_name_or_path", tmp_path / "lora/adapter", "--base_model", base, "--max_new_tokens", 6)
     call("04_merge_adapter.py", *adapter, "--output_dir", tmp_path / "merged")
 
-    questions = [row["prompt"] for row in read_rows(held_out)]
+    questions = [row["prompt"] for row in read_rows(question_rows / "train.jsonl")[::9]]  # of four lengths
     generate, answers = load("05_generate.py"), {}
-    figures = {
-        step: read(tmp_path / step / "run.json").get("metrics", {}).get("eval_loss") for step in ("lora", "full")
-    }
     folders = {"lora": tmp_path / "lora/adapter", "full": tmp_path / "full/model", "merged": tmp_path / "merged/model"}
     for step, folder in folders.items():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(base if step == "lora" else folder, dtype="float32")
         model = PeftModel.from_pretrained(model, folder).eval() if step == "lora" else model.eval()
         plain, tokens = measure(model, tokenizer, held_out)
-        found = figures.get(step, figures["lora"])
         answers[step] = answer_plainly(model, tokenizer, questions)
         ours, ours_tokenizer = generate.load_model(str(folder), str(base), "float32")
-        batch = generate.generate(ours, ours_tokenizer, questions, False, **GREEDY)
+        found = {"batch of four": generate.generate(ours, ours_tokenizer, questions, False, **GREEDY)}
+        found["one by one"] = [
+            generate.generate(ours, ours_tokenizer, [each], False, **GREEDY)[0] for each in questions
+        ]
         pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        piped = [pipe(each, return_full_text=False, **GREEDY)[0]["generated_text"] for each in questions]
-        same = {"batch of four": batch == answers[step], "pipeline": piped == answers[step]}
+        found["pipeline"] = [pipe(each, return_full_text=False, **GREEDY)[0]["generated_text"] for each in questions]
         if step == "merged":
-            same["adapter"] = answers["lora"] == answers["merged"]
-        words = ", ".join(f"{what} {'equal' if equal else 'NOT equal'}" for what, equal in same.items())
-        print(ROW.format(name, step, found, plain, abs(found - plain), words))
-        assert found == pytest.approx(plain, rel=2e-5, abs=1e-6) and tokens == 8
-        assert all(same.values()), same
-    assert figures["lora"] < 2.5 and figures["full"] < 2.5
+            found["adapter"] = answers["lora"]
+        run = read(tmp_path / ("full" if step == "full" else "lora") / "run.json")
+        loss, count = evaluate(ours, ours_tokenizer, run, question_rows, tmp_path)
+        words = ", ".join(f"{way} {'equal' if each == answers[step] else 'NOT equal'}" for way, each in found.items())
+        print(ROW.format(name, step, loss, plain, abs(loss - plain), words))
+        assert loss == pytest.approx(plain, rel=2e-5, abs=1e-6) and count == tokens and loss < 2.5
+        if step != "merged":
+            assert (loss, count) == (run["metrics"]["eval_loss"], run["metrics"]["eval_tokens"])  # to the bit
+        assert found == dict.fromkeys(found, answers[step])
     for step in ("full", "merged"):
         config = read(folders[step] / "config.json")
         changed = {key for key in saved_as.keys() | config.keys() if saved_as.get(key) != config.get(key)}
