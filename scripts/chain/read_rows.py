@@ -23,7 +23,7 @@ OTHER = {
         "prompt",
         "completion",
         "label",
-    ): "of answers marked good or bad, as KTO learns from. Keep the good ones, without label",
+    ): "of answers marked good or bad, as KTO learns from. Keep the good, without label",
     ("images",): "with images, and text alone is trained here. Give rows of text",
     ("image",): "with images, and text alone is trained here. Give rows of text",
 }
@@ -32,8 +32,15 @@ OTHER = {
 def refuse_other_rows(name: str, columns: list[str]) -> None:
     """Stops at rows that are for another kind of training."""
     for kind, what in OTHER.items():
-        if set(kind) <= set(columns):
+        if {*columns} >= {*kind}:
             fail(f"{name!r} has the columns {columns}: rows {what}.")
+
+
+def to_message(turn: dict) -> dict:
+    """A message with role and content, of one with from and value."""
+    role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return rest | {"role": ROLES.get(role, role), "content": content}
 
 
 def join(*parts) -> str:
@@ -43,28 +50,14 @@ def join(*parts) -> str:
 def convert_rows(name: str, rows):
     """Rows with messages, or prompt and completion, where they have them in another form; else as they are."""
     refuse_other_rows(name, rows.column_names)
-    columns, source = set(rows.column_names), next((key for key in ("messages", "conversations") if key in rows[0]), "")
-    turns = rows[0][source] if source else None
-    if (
-        isinstance(turns, list)
-        and turns
-        and isinstance(turns[0], dict)
-        and (source != "messages" or "from" in turns[0])
-    ):
-
-        def to_messages(row: dict) -> dict:
-            turns = [{"role": turn.get("role") or turn.get("from"), **turn} for turn in row[source] or []]
-            return {
-                "messages": [
-                    {"role": ROLES.get(turn["role"], turn["role"]), "content": turn.get("content") or turn.get("value")}
-                    for turn in turns
-                ]
-            }
-
+    columns = set(rows.column_names)
+    source = next((each for each in ("messages", "conversations") if isinstance(rows[0].get(each), list)), None)
+    if source == "conversations" or (source and any("from" in turn for turn in rows[0][source])):
         print(f"read as ShareGPT: {source} become messages")
-        return rows.map(to_messages, remove_columns=[key for key in rows.column_names if key != "tools"])
-    pair = next((pair for pair in PAIRS if set(pair) <= columns), None)
-    if pair is None or source or {"prompt", "completion"} <= columns:
+        kept = columns & {"messages", "tools"}
+        return rows.map(lambda row: {"messages": list(map(to_message, row[source]))}, remove_columns=[*columns - kept])
+    pair = next((pair for pair in PAIRS if columns >= set(pair)), None)
+    if pair is None or source or columns >= {"prompt", "completion"}:
         return rows
     question, answer = pair
     added = "input" if question == "instruction" and "input" in columns else None
