@@ -100,7 +100,11 @@ def test_the_tutorials_own_rows(tiny_model, tmp_path):
     trainer = script.tokenize_rows(rows, None, tokenizer, config)
     config.max_length = 1024
     counts, problems = script.look_at_tokens(trainer.train_dataset, tokenizer, config, {tokenizer.eos_token_id})
-    assert counts["rows"] == 1000 and counts["tokenizer_adds_bos"] and script.look_at_text(rows, tokenizer) == {}
+    assert (
+        counts["rows"] == 1000
+        and counts["tokenizer_adds_bos"]
+        and script.look_at_rows(rows, tokenizer, {"</s>"}, False) == {}
+    )
     assert all("--max_length 1024" in what for what in problems)
     assert counts["rows_that_keep_their_end"] == 1000 - counts["rows_cut_by_max_length"]
 
@@ -110,7 +114,10 @@ def test_two_bos_stop_the_chain(audit, model):
     template = model / "chat_template.jinja"
     template.write_text("{{ bos_token + ' ' + bos_token + ' ' }}" + template.read_text())
     said, report = audit([MESSAGES])
-    assert report is None and "1 of 1 rows have <s> twice: take one out of the rows or of the chat template" in said
+    assert (
+        report is None
+        and "1 of 1 rows have <s> twice, with nothing between: take one out of the rows or of the chat" in said
+    )
 
 
 def test_an_eos_without_loss_stops_the_chain(audit, model):
@@ -208,9 +215,15 @@ def test_max_length_may_be_any(audit, tmp_path):
 LLAMA = [{"prompt": "a", "completion": "red"}] * 20
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 WRONG = {
-    "special tokens in an answer": ({"prompt": "a", "completion": "red </s>"}, "have a format already"),
-    "the template's own words": ({"prompt": "[INST] a [/INST]", "completion": "red"}, "have a format already"),
-    "BOS in a message": ({"prompt": "<s> a", "completion": "red"}, "have a format already"),
+    "special tokens in an answer": (
+        {"prompt": "a", "completion": "red </s>"},
+        "have marks of a chat format in a message",
+    ),
+    "the template's own words": (
+        {"prompt": "[INST] a [/INST]", "completion": "red"},
+        "have marks of a chat format in a message",
+    ),
+    "BOS in a message": ({"prompt": "<s> a", "completion": "red"}, "have marks of a chat format in a message"),
     "EOS twice": ({"prompt": "a", "completion": "red </s>"}, "</s> twice"),
     "an empty answer": ({"prompt": "a", "completion": "  "}, "have an empty question or answer"),
     "an empty question": ({"prompt": "", "completion": "red"}, "have an empty question or answer"),
@@ -287,7 +300,7 @@ def test_another_end_is_named_with_the_option_that_makes_it_the_eos(audit, model
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [MESSAGES["messages"][0]]}, "1 of 1 rows do not end with an answer of the assistant"),
+        ({"messages": [MESSAGES["messages"][0]]}, "1 of 1 rows have no answer of an assistant: leave them out"),
         (
             {
                 "messages": [
@@ -295,7 +308,7 @@ def test_another_end_is_named_with_the_option_that_makes_it_the_eos(audit, model
                     {"role": "assistant", "content": "", "tool_calls": [CALL]},
                 ]
             },
-            "1 of 1 rows have tool_calls, which the chat template leaves out",
+            "1 of 1 rows have tool calls, which the chat template leaves out",
         ),
         ({**MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}, "1 of 1 rows have tools, which the"),
         (
@@ -321,6 +334,111 @@ def test_a_row_that_the_template_does_not_take_is_named_with_its_calls(audit):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     said, report = audit([MESSAGES, {"messages": turns}])
     assert report is None and "row 2: the chat template does not take it, and its tool calls: " in said
+
+
+def ask(*words: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[number % 2], "content": word} for number, word in enumerate(words)]
+
+
+def test_what_the_template_leaves_out_of_a_conversation_is_named(audit, model):
+    template = (model / "chat_template.jinja").read_text()
+    write = "{{ ' ' + message['content'] + ' ' + eos_token }}"
+    forget = template.replace(write, write.replace("message['content']", "message['content'].split('</think>')[-1]"))
+    thinking = {"messages": ask("a", "<think>b c</think>red")}
+    for text, row, what in (
+        (forget, thinking, "reasoning"),
+        (template, {"messages": [*ask("a"), {**ask("a", "red")[1], "reasoning_content": "b"}]}, "reasoning_content"),
+        (template.replace("{% else %}", "{% elif message['role'] == 'assistant' %}"),
+         {"messages": [{"role": "system", "content": "x"}, *ask("a", "red")]}, "messages of the system"),
+    ):  # fmt: skip
+        (model / "chat_template.jinja").write_text(text)
+        said, report = audit([row] * 3)
+        assert report is None and f"3 of 3 rows have {what}, which the chat template leaves out" in said
+        shutil.rmtree(model.parent / "rows")
+    (model / "chat_template.jinja").write_text(template)
+    assert audit([thinking])[1] is not None
+    shutil.rmtree(model.parent / "rows")
+    (model / "chat_template.jinja").write_text(forget)
+    earlier = {"messages": [*thinking["messages"], *ask("b", "blue")]}  # which many leave out on purpose
+    assert audit([earlier])[1] is not None
+
+
+def test_an_answer_without_an_end_is_seen_though_the_question_has_one(audit, model):
+    text = "{% for m in messages %}{{ (bos_token if loop.first else '') + ' ' + m['content'] }}"
+    text += "{% if m['role'] == 'user' %}{{ ' ' + eos_token + ' ' }}{% endif %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(text)
+    said, report = audit([MESSAGES] * 2)
+    assert report is None and "2 of 2 rows are written without an end after the last answer" in said
+
+
+def test_calls_without_words_and_tools_that_are_none_are_no_fault(audit, model):
+    call = "{{ (message['content'] or '') ~ (message['tool_calls'] or '') }}"
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ ' ' + message['content'] + ' ' + eos_token }}", call + EOS))
+    turns = [*ask("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    assert audit([{"messages": turns, "tools": "[]"}])[1] is not None
+
+
+ONLY_SAID = {
+    "a question at the end": (
+        {"messages": ask("a", "red", "b")},
+        "end with a question, which is learned like an answer",
+    ),
+    "an end that is none here": ({"text": "a red <|im_end|>"}, "hold the end of another model's turns"),
+}
+
+
+@pytest.mark.parametrize("what", ONLY_SAID)
+def test_what_may_be_meant_is_only_said(what, audit):
+    row, said = ONLY_SAID[what]
+    message, report = audit([row] * 5)
+    assert report is not None and f"warning: 5 of 5 rows {said}" in message
+
+
+def test_a_bos_that_the_template_does_not_write_is_only_said(audit, model):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("bos_token + ", ""))
+    message, report = audit([MESSAGES] * 2)
+    assert report is not None and "warning: 2 of 2 rows lack the BOS that the tokenizer adds to texts" in message
+
+
+def test_long_texts_are_cut_and_it_is_said_how_not_to(audit):
+    message, report = audit([{"text": "a b c d e f g h x y"}] * 4, "--max_length", 6)
+    assert report["rows_that_keep_their_end"] == 0 and "--packing_strategy bfd_split learns all parts" in message
+
+
+def test_a_text_that_ends_with_eos_and_a_blank_gets_another_one_and_that_is_said(audit):
+    said, report = audit([{"text": "a red </s> "}] * 2)
+    assert (
+        report is None and "2 of 2 rows have </s> twice, with nothing between" in said and "no blank after it" in said
+    )
+
+
+def test_rows_longer_than_the_model_has_places_are_refused(audit, model):
+    change(model / "config.json", max_position_embeddings=8)
+    said, report = audit([{"text": "a b c d e f g h x y"}] * 4)
+    assert report is None and "a row has 12 tokens, and 'model' places for 8. Give --max_length 8" in said
+    shutil.rmtree(model.parent / "rows")
+    assert audit([{"text": "a b c d e f g h x y"}] * 4, "--max_length", 8)[1] is not None
+
+
+def test_held_out_rows_are_cut_as_the_training_cuts(audit):
+    long = {"prompt": "a " * 40, "completion": "red"}
+    options = ("--max_length", 20, "--truncation_mode", "keep_end")
+    assert audit([long] * 3, *options, held_out=[long])[1] is not None
+
+
+def test_a_row_without_an_answer_is_named_where_answers_alone_are_learned(audit):
+    said, report = audit([MESSAGES] * 9 + [{"messages": ask("a")}], "--assistant_only_loss", "true")
+    assert report is None and "row 10 has no answer of an assistant, which alone is learned" in said
+
+
+def test_messages_for_a_tokenizer_without_a_template_are_answered_with_the_option(audit, model):
+    (model / "chat_template.jinja").unlink()
+    said, report = audit([MESSAGES])
+    assert (
+        report is None and "row 1 has messages, and the tokenizer no chat template. Give one: --chat_template" in said
+    )
 
 
 def test_padding_with_a_token_that_the_model_has_not_is_refused(audit, model):

@@ -171,6 +171,11 @@ def test_a_generation_setting_that_could_not_be_saved_does_not_cost_the_training
     args = ("--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "full")
     call("03_train_full.py", "--model_name_or_path", base, "--dataset_name", question_rows, *FAST, *args)
     assert read(tmp_path / "full/model/generation_config.json")[setting] == 0.9
+    args = (*args[:-1], tmp_path / "lora")
+    call("02_train_lora.py", "--model_name_or_path", base, "--dataset_name", question_rows, *FAST, *args)
+    call("04_merge_adapter.py", "--model_name_or_path", tmp_path / "lora/adapter", "--output_dir", tmp_path / "merged")
+    for folder in (tmp_path / "lora/adapter", tmp_path / "merged/model"):
+        assert read(folder / "generation_config.json")[setting] == 0.9
 
 
 def test_the_pipeline_answers_as_generate_does(runs, tiny_model, tmp_path):

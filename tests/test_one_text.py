@@ -176,6 +176,25 @@ def test_an_evaluation_measures_the_tokens_of_the_training_for_the_base_model_to
     assert base["loss"] == pytest.approx(measure_tokens(load_plainly(tiny_model), tokens), rel=1e-5)
 
 
+def test_what_a_merge_by_hand_was_trained_on_is_measured(tiny_model, tmp_path, capsys):
+    rows = [{"messages": say("what color", "red", "sky", "blue")}] * 4
+    data = write_both(tmp_path / "rows", rows)
+    (tmp_path / "turns.jinja").write_text(TURNS)
+    options = ("--chat_template_path", tmp_path / "turns.jinja", "--assistant_only_loss", "true", "--eos_token", "z")
+    metrics = train(tiny_model, data, tmp_path / "lora", *options, *HELD_OUT, "--max_steps", 2)
+    adapter = tmp_path / "lora/adapter"
+    call(
+        "04_merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", tmp_path / "merged", "--prompts", "sky"
+    )
+    _, merged = evaluate(tiny_model, [tmp_path / "merged/model"], data, tmp_path / "report")
+    assert merged["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert (merged["tokens"], merged["measured"]) == (metrics["eval_tokens"], "assistant turns")
+    shutil.copytree(adapter, tmp_path / "alone/adapter")
+    capsys.readouterr()
+    evaluate(tiny_model, [tmp_path / "alone/adapter"], data, tmp_path / "report")
+    assert "has no record of its training" in capsys.readouterr().out
+
+
 def test_models_of_other_tokens_stand_in_tables_of_their_own(tiny_model, uneven, tmp_path):
     for name, longest in (("one", 64), ("two", 64), ("short", 12)):
         train(tiny_model, uneven, tmp_path / name, "--max_steps", 1, "--max_length", longest, *HELD_OUT)
@@ -244,6 +263,8 @@ def test_a_prompt_is_all_that_comes_before_the_last_answer():
     assert choose({"messages": say("a")}) == (say("a"), None)  # no answer
     assert choose({"prompt": chat[:-1], "completion": chat[-1:]}) == (chat[:-1], "blue")
     assert choose({"prompt": "a", "completion": "red"}) == ("a", "red")
+    begins = [{"role": "assistant", "content": "red"}, *chat[1:2]]
+    assert load("chain/evaluate.py").choose_prompts(Dataset.from_list([{"messages": begins}])) == []
     assert choose({"text": "a"}) == ("What is a large language model?", None)
 
 
@@ -321,7 +342,7 @@ def test_tokens_that_the_model_has_not_are_refused_before_the_training(tiny_mode
     for script in ("chain/audit_tokens.py", "02_train_lora.py"):
         with pytest.raises(ValueError, match="'<end>'.* is not found in the vocabulary"):
             call(script, *options, "--eos_token", "<end>", "--output_dir", tmp_path / "out")
-    with pytest.raises(SystemExit, match="is no file. Give one, such as the chat_template.jinja of a model."):
+    with pytest.raises(SystemExit, match="is no .jinja file. Give one, such as the chat_template.jinja of a model."):
         call("chain/audit_tokens.py", *options, "--chat_template_path", tiny_model)
 
 
@@ -367,6 +388,18 @@ READ = {
     '{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}': (
         "messages become messages",
         {"messages": say("q", "a")},
+    ),
+    '{"conversations": [{"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "id": 1}': (
+        "read as ShareGPT: conversations become messages. Left out: id",
+        {"messages": say("q", "a", system="s")},
+    ),
+    '{"instruction": "q", "context": "c", "response": "a", "category": "x"}': (
+        "read as instruction and context, and response: they become prompt and completion. Left out: category",
+        {"prompt": "q\n\nc", "completion": "a"},
+    ),
+    '{"instruction": "q", "input": "", "output": "a", "system": "s"}': (
+        "read as instruction and input, and output",
+        {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
     ),
     '{"instruction": "q", "input": "i", "output": "a"}': (
         "read as instruction and input, and output: they become prompt and completion",

@@ -14,10 +14,8 @@ The rows are those of 02_train_lora.py, tokenized and labelled by SFTTrainer its
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
-import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -26,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from folders import fail, write_json
+from look_at_rows import ENDS_ASKING, FOREIGN, check_row, look_at_rows
 from read_rows import refuse_other_rows
 from records import load_script
 
@@ -35,21 +34,20 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-SAID = {"role", "content"}  # keys of a message; others are tool calls, reasoning
 MANY = 0.1  # share of the rows: with more of them a fault stops the training
-# What may be wrong with rows, and what to do.
-EMPTY = "have an empty question or answer: leave them out"
-NO_ANSWER = "do not end with an answer of the assistant: add it, or leave them out"
-FORMATTED = (
-    "have a format already, and the chat template goes around it: take its marks out of prompt and answer, or join "
+# What may be wrong with tokens, and what to do.
+TWICE = (
+    "have {} twice, with nothing between: take one out of the rows or of the chat template; a text that ends with it "
 )
-FORMATTED += "both in one column, text"
-NO_TOOLS = "have {}, which the chat template leaves out: give one that writes them, --chat_template_path FILE"
-TWICE = "have {} twice: take one out of the rows or of the chat template"
-NO_BOS = "lack the BOS that the tokenizer adds: let the chat template begin with it"
+TWICE += "has no blank after it"
+NO_BOS = (
+    "lack the BOS that the tokenizer adds to texts: let the chat template begin with it, if the model was trained so"
+)
 NO_EOS = "have no {} in the labels, and the model would not learn to stop: mend them or the chat template{}"
 NO_LOSS = "have no token to learn from within --max_length {}: give a larger one"
 CUT = "lose their end and its EOS to --max_length {}: --max_length {} keeps 99 % of the rows whole"
+CUT_TEXT = CUT + ", and --packing true --packing_strategy bfd_split learns all parts of long ones"
+WARNED = {ENDS_ASKING, FOREIGN, NO_BOS}  # these never stop a training, and CUT_TEXT
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 REFUSED = {
@@ -57,6 +55,7 @@ REFUSED = {
     "save_only_model": "nothing could go on from such a checkpoint. To save room: --save_strategy no",
     "dataloader_persistent_workers": "a run that is gone on with would draw other dropout masks",
     "ignore_data_skip": "an interrupted run would see other rows than one that was not",
+    "dataloader_drop_last": "held-out rows would be left out of their loss",
     "push_to_hub": "the training uploads nothing. Afterwards: push_model.py --help (make push)",
     "hub_token": "every user of this machine could read it there. Put HF_TOKEN=<token> into .env instead",
 }
@@ -90,14 +89,14 @@ def read_options() -> tuple[Arguments, ModelConfig, SFTConfig]:
     for name, reason in REFUSED.items():
         if getattr(args, name):
             fail(f"--{name} is refused: {reason}. Leave it out.")
-    if (template := args.chat_template_path) and not Path(template).is_file():
-        fail(f"--chat_template_path {template} is no file. Give one, such as the chat_template.jinja of a model.")
+    if (file := args.chat_template_path) and not (Path(file).is_file() and file.endswith((".jinja", ".j2"))):
+        fail(f"--chat_template_path {file} is no .jinja file. Give one, such as the chat_template.jinja of a model.")
     return script_args, model_args, args
 
 
 def load_tokenizer(name: str, **hub) -> tuple:
-    """The tokenizer, the number of tokens that the model knows, and those at which it stops; exits where it cannot be
-    trained here."""
+    """The tokenizer, the config of the text model, and the tokens at which it stops; exits where it cannot be trained
+    here."""
     tokenizer, config = AutoTokenizer.from_pretrained(name, **hub), AutoConfig.from_pretrained(name, **hub)
     if not tokenizer.eos_token:
         fail(f"the tokenizer of {name!r} has no EOS token. Name one as eos_token in its tokenizer_config.json.")
@@ -108,25 +107,7 @@ def load_tokenizer(name: str, **hub) -> tuple:
     ends = text.eos_token_id
     with contextlib.suppress(OSError):  # there may be no such file
         ends = GenerationConfig.from_pretrained(name, revision=hub["revision"]).eos_token_id
-    return tokenizer, text.vocab_size, {*ends} if isinstance(ends, list) else {ends}
-
-
-def list_turns(row: dict) -> list[dict]:
-    """The messages of a row; none where it is of texts."""
-    turns = row["messages"] if "messages" in row else [*row.get("prompt", ""), *row.get("completion", "")]
-    return turns if turns and isinstance(turns[0], dict) else []
-
-
-def render(number: int, row: dict, tokenizer, without: str = "") -> str:
-    """The messages of a row as the chat template writes them, without one of their keys, or without tools."""
-    turns = [{key: value for key, value in turn.items() if key != without} for turn in list_turns(row)]
-    tools = None if without == "tools" else row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    try:
-        return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) if turns else ""
-    except Exception as error:  # a template may raise anything
-        calls = ", and its tool calls" if any(turn.get("tool_calls") for turn in turns) else ""
-        fail(f"row {number}: the chat template does not take it{calls}: {error}. Mend it or the template.")
+    return tokenizer, text, {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def tokenize_rows(rows: Dataset, held_out: Dataset | None, tokenizer, args: SFTConfig) -> SFTTrainer:
@@ -138,7 +119,7 @@ def tokenize_rows(rows: Dataset, held_out: Dataset | None, tokenizer, args: SFTC
         return SFTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
     except Exception:
         for number, row in enumerate(rows, 1):
-            render(number, row, tokenizer)
+            check_row(number, row, tokenizer)
         raise
 
 
@@ -150,75 +131,44 @@ def check_kind(data: str, split: str) -> None:
         refuse_other_rows(data, training.load_dataset(**source, split=split).column_names)
 
 
-def list_marks(tokenizer) -> set[str]:
-    """What has no place in a message: special tokens, and what the chat template writes around messages."""
-    marks = set(tokenizer.all_special_tokens)
-    with contextlib.suppress(Exception):  # a template may want other messages than these
-        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).replace("ANSWER", "QUESTION")
-        marks |= {part.strip() for part in text.split("QUESTION")}
-    return {mark for mark in marks if len(mark) > 2 and re.search(r"[^\w\s:.,]", mark)}  # no mere words
-
-
-def look_at_text(rows: Dataset, tokenizer) -> dict[str, list[int]]:
-    """What is wrong with rows before they are tokenized, and the numbers of these, from 1."""
-    problems, marks = defaultdict(list), list_marks(tokenizer) if tokenizer.chat_template else set()
-    for number, row in enumerate(rows, 1):
-        turns = list_turns(row)
-        if not turns:
-            if "completion" in row and not row["completion"].strip():
-                problems[EMPTY].append(number)
-            continue
-        for turn in turns:
-            parts = turn["content"] if isinstance(turn.get("content"), list) else []
-            if kinds := {str(part.get("type")) for part in parts} - {"text"}:
-                fail(f"row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
-        said = [str(turn.get("content") or "").strip() for turn in turns]
-        if turns[-1].get("role") != "assistant":
-            problems[NO_ANSWER].append(number)
-        if any(
-            not text and turn.get("role") in ("user", "assistant") and not any(turn[key] for key in turn.keys() - SAID)
-            for text, turn in zip(said, turns, strict=True)
-        ):
-            problems[EMPTY].append(number)
-        if any(mark in text for text in said for mark in marks):
-            problems[FORMATTED].append(number)
-        for key in (key for key in ("tool_calls", "tools") if any(each.get(key) for each in (row, *turns))):
-            if render(number, row, tokenizer) == render(number, row, tokenizer, key):
-                problems[NO_TOOLS.format(key)].append(number)
-    return problems
+def find_part(args: SFTConfig) -> slice:
+    """The part of a row that is left of it; where rows are packed in parts, all."""
+    longest = None if args.packing and args.packing_strategy != "bfd" else args.max_length
+    keep_end = longest and not args.packing and args.truncation_mode == "keep_end"
+    return slice(-longest, None) if keep_end else slice(longest)
 
 
 def look_at_tokens(rows: Dataset, tokenizer, args: SFTConfig, ends: set[int]) -> tuple[dict, dict[str, list[int]]]:
     """Counts over tokenized rows that are not cut yet; what is wrong with them as they are cut, and their numbers."""
-    bos, eos, longest = tokenizer.bos_token_id, tokenizer.eos_token_id, args.max_length
+    bos, eos, part, longest = tokenizer.bos_token_id, tokenizer.eos_token_id, find_part(args), args.max_length
     adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     is_blank = functools.cache(lambda token: not tokenizer.decode([token]).strip())
-    if args.packing and args.packing_strategy != "bfd":  # parts of long rows are learned too
-        longest = None
-    part = slice(-longest, None) if longest and args.truncation_mode == "keep_end" else slice(longest)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - {bos}
     lengths = sorted(map(len, rows["input_ids"]))
     enough = lengths[math.ceil(0.99 * len(lengths)) - 1]
-    special = {*tokenizer.all_special_ids}
+    cut_end = (CUT_TEXT if args.dataset_text_field in rows.column_names else CUT).format(longest, enough)
     problems, last_tokens, kept, learned, cut, ended = defaultdict(list), Counter(), 0, 0, 0, 0
     for number, row in enumerate(rows, 1):
         ids, labels = row["input_ids"], row["labels"]
         kept, cut = kept + len(labels[part]), cut + (len(labels[part]) < len(labels))
         learned += (loss := len(labels[part]) - labels[part].count(-100))
-        for token in {bos, eos} - {None} if bos != eos else ():  # where they are one, it may end a turn and begin one
-            words = [each for each in ids if not is_blank(each)] if ids.count(token) > 1 else ()
+        for token in {bos, eos} - {None}:
+            words = [each for each in ids if not is_blank(each)] if ids.count(token) > 1 else []
+            words = words[-2:] if bos == eos else words  # it may end a turn and begin one
             if any(pair == (token, token) for pair in zip(words, words[1:], strict=False)):
                 problems[TWICE.format(tokenizer.decode([token]))].append(number)
         if adds_bos and ids[0] != bos:
             problems[NO_BOS].append(number)
-        last = next((place for place in reversed(range(len(ids))) if ids[place] in ends), None)
-        if last is None or labels[last] == -100:
+        last = next(
+            (place for place in reversed(range(len(ids))) if ids[place] in ends and labels[place] != -100), None
+        )
+        if last is None:
             problems[NO_EOS].append(number)
             last_tokens.update([label for label in labels if label in special][-1:])
+        elif last in range(len(ids))[part]:
+            ended += 1
         else:
-            ended += last in range(len(ids))[part]
-            if last not in range(len(ids))[part]:
-                problems[CUT.format(longest, enough)].append(number)
+            problems[cut_end].append(number)
         if not loss:
             problems[NO_LOSS.format(longest)].append(number)
     if NO_EOS in problems:
@@ -243,7 +193,8 @@ def report_problems(problems: dict[str, list[int]], rows: int) -> None:
     wrong = []
     for what, bad in problems.items():
         line = f"{len(bad)} of {rows} rows {what} (first: row {bad[0]})"
-        if len(bad) > (rows - 1 if what.startswith("lose their end") else MANY * rows):
+        most = rows if what in WARNED or "bfd_split" in what else rows - 1 if "--max_length" in what else MANY * rows
+        if len(bad) > most:
             wrong.append(line)
         else:
             print(f"warning: {line}")
@@ -251,23 +202,27 @@ def report_problems(problems: dict[str, list[int]], rows: int) -> None:
         fail(". ".join(wrong) + ".")
 
 
-def check_vocabulary(trainer: SFTTrainer, name: str, vocabulary: int, max_length: int | None) -> None:
-    """Stops at a token that the model does not know, and where nothing could be measured on held-out rows."""
-    for part in (trainer.train_dataset, trainer.eval_dataset):
-        if part and max(map(max, part["input_ids"])) >= vocabulary:
+def check_model(trainer: SFTTrainer, name: str, text, args: SFTConfig) -> None:
+    """Stops at a token or a place that the model does not know, and where nothing could be measured."""
+    vocabulary, places, part = text.vocab_size, getattr(text, "max_position_embeddings", None), find_part(args)
+    longest = max(len(ids[part]) for ids in trainer.train_dataset["input_ids"])
+    if places and min(longest, args.max_length or longest) > places > 0:
+        fail(f"a row has {longest} tokens, and {name!r} places for {places}. Give --max_length {places}")
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        if rows and max(map(max, rows["input_ids"])) >= vocabulary:
             fail(f"the tokenizer of {name!r} has tokens that the model has no embedding of. Give it its own tokenizer.")
     if (tokenizer := trainer.processing_class).pad_token_id >= vocabulary:
         advice = f"Add: --pad_token '{tokenizer.eos_token}'"
         fail(f"the tokenizer of {name!r} pads with a token that the model has no embedding of. {advice}")
     held_out = trainer.eval_dataset
-    if held_out and all(label == -100 for labels in held_out["labels"] for label in labels[1:max_length]):
-        fail(f"no held-out row has a token with loss within --max_length {max_length}. Give a larger one.")
+    if held_out and all(label == -100 for labels in held_out["labels"] for label in labels[1:][part]):
+        fail(f"no held-out row has a token with loss within --max_length {args.max_length}. Give a larger one.")
 
 
-def measure_padding(trainer: SFTTrainer, max_length: int | None) -> float:
+def measure_padding(trainer: SFTTrainer, part: slice) -> float:
     """Share of padding in the batches of the first epoch, whose rows are cut as the training cuts them."""
     rows = trainer.train_dataset
-    trainer.train_dataset = rows.map(lambda row: {key: row[key][:max_length] for key in ("input_ids", "labels")})
+    trainer.train_dataset = rows.map(lambda row: {key: row[key][part] for key in ("input_ids", "labels")})
     masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
@@ -286,11 +241,13 @@ def main() -> None:
     script_args, model_args, args = read_options()
     name, data, max_length = model_args.model_name_or_path, script_args.dataset_name, args.max_length
     hub = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer, vocabulary, ends = load_tokenizer(name, **hub)
+    tokenizer, config, ends = load_tokenizer(name, **hub)
     splits = (script_args.dataset_train_split, script_args.dataset_test_split)
     check_kind(data, splits[0])
     rows, held_out = (each and training.load_rows(data, each, tokenizer, args) for each in splits)
-    problems = look_at_text(rows, tokenizer)
+    if args.eos_token in tokenizer.get_vocab():
+        ends.add(tokenizer.convert_tokens_to_ids(args.eos_token))
+    problems = look_at_rows(rows, tokenizer, set(map(tokenizer.decode, ends)), args.assistant_only_loss)
 
     # Nothing is cut, packed, evaluated or computed here
     asked = argparse.Namespace(**vars(args))
@@ -298,9 +255,9 @@ def main() -> None:
     vars(args).update(eval_strategy="no", load_best_model_at_end=False, report_to=[], shuffle_dataset=False)
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = tokenize_rows(rows, held_out, tokenizer, args)
-        check_vocabulary(trainer, name, vocabulary, max_length)
-        report, of_tokens = look_at_tokens(trainer.train_dataset, tokenizer, asked, ends | {tokenizer.eos_token_id})
-        padding = measure_padding(trainer, max_length)
+        check_model(trainer, name, config, asked)
+        report, of_tokens = look_at_tokens(trainer.train_dataset, tokenizer, asked, ends)
+        padding = measure_padding(trainer, find_part(asked))
     report |= {"max_length": max_length, "batch_size": args.per_device_train_batch_size, "padding_share": padding}
     for key, value in report.items():
         print(f"{key:25} {value:.3f}" if isinstance(value, float) else f"{key:25} {value}")

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from figures import find_data, find_training
 from folders import fail, make_parser, read_json, read_record, sha256, verify, write_json, write_text
+from look_at_rows import read_tools
 from records import load_script
 
 # What gives tokens, labels, batches and precision.
 OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field", "seed")
-OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "bf16", "fp16", "tf32")
-OPTIONS += ("token_metrics",)
+OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "token_metrics", "loss_type")
+OPTIONS += ("label_smoothing_factor", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
 
 
 def count(text: str) -> int:
@@ -81,8 +82,8 @@ def check_training_rows(models: list[str], data: str, split: str) -> None:
 
 
 def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
-    """Conversations of the first rows up to their last answer, that answer, and the tools; the tutorial's query for
-    rows of text."""
+    """Conversations of the first rows up to their last answer, that answer, and the tools; of texts the tutorial's
+    query."""
     chosen = []
     for row in rows.select(range(min(count, len(rows)))):
         if isinstance(row.get("prompt"), str):
@@ -93,9 +94,8 @@ def choose_prompts(rows: Dataset, count: int = 5) -> list[dict]:
             reference = messages[answers[-1]]["content"] if answers else None
         else:
             return [{"prompt": "What is a large language model?", "reference": None, "tools": None}]
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        chosen.append({"prompt": prompt, "reference": reference, "tools": tools})
+        if prompt:
+            chosen.append({"prompt": prompt, "reference": reference, "tools": read_tools(row)})
     return chosen
 
 
@@ -105,7 +105,8 @@ def read_options(run: dict, args: argparse.Namespace, folder: str) -> training.C
     options = {"per_device_eval_batch_size": 8} | {name: options[name] for name in OPTIONS if name in options}
     if args.max_length:
         options["max_length"] = args.max_length
-    return training.Config(folder, report_to=[], eval_packing=False, **options)
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return training.Config(folder, report_to=[], eval_packing=False, use_cpu=cpu, **options)
 
 
 def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: list[dict], max_new_tokens: int) -> dict:
@@ -138,7 +139,7 @@ def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: l
 def format_report(report: dict) -> str:
     """The report as Markdown: a table of losses for each set of tokens, then each prompt with the answers."""
     lines = ["# Evaluation"]
-    for _, group in groupby(report["models"], lambda model: model["tokens_sha256"]):
+    for _, group in groupby(report["models"], lambda model: (model["tokens_sha256"], model["dtype"])):
         base, *others = group
         lines += ["", "{rows} held-out rows of {0}, {tokens} tokens: {measured}.".format(report["dataset"], **base)]
         lines += ["", "| model | loss | against base | perplexity |", "| --- | --- | --- | --- |"]
@@ -175,7 +176,10 @@ def main() -> None:
     groups, notes = {}, []
     for path in args.models or [args.base_model]:
         record = read_record(Path(path).parent)
-        run = find_training(record) or {}
+        adapter = record.get("adapter")  # of a merge
+        run = find_training(record) or (read_record(Path(adapter["name"]).parent) if adapter else {})
+        if not run.get("arguments") and path != args.base_model:
+            print(f"{path} has no record of its training: it is measured with the options of 02_train_lora.py")
         dtype = args.dtype or run.get("arguments", {}).get("dtype", "float32")
         model, tokenizer = generation.load_model(path, args.base_model, dtype)
         with tempfile.TemporaryDirectory() as folder:
@@ -183,16 +187,16 @@ def main() -> None:
             rows = training.load_rows(args.dataset_name, split, tokenizer, config)
             prompts = prompts or choose_prompts(rows)
             result = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-            group = groups.setdefault(result["tokens_sha256"], [])
+            group = groups.setdefault((result["tokens_sha256"], dtype), [])
             if not group and path != args.base_model:
                 del model  # before the next one is loaded
                 model, _ = generation.load_model(args.base_model, None, dtype)
                 base = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-                group.append({"name": "base", "path": args.base_model} | base)
+                group.append({"name": "base", "path": args.base_model, "dtype": dtype} | base)
         del model
         folder = Path(path).resolve()
         name = folder.parent.name if folder.name in ("adapter", "model") else path
-        group.append({"name": name if path != args.base_model else "base", "path": path} | result)
+        group.append({"name": name if path != args.base_model else "base", "path": path, "dtype": dtype} | result)
         if record.get("quantization"):
             group[-1]["loss_quantized"] = record["metrics"].get("eval_loss")
         if "strftime_now" in str(tokenizer.chat_template):

@@ -13,9 +13,9 @@ from records import load_script
 
 # Pairs of columns that are a prompt and its completion; where there is an input, it is added to the prompt.
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("prompt", "response"))
-# Roles, and keys of a message, by the names that chat templates know.
+# Roles by the names that chat templates know.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES |= {"function": "tool", "observation": "tool"}
+ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool"}
 # Rows that are for something else, by their columns.
 OTHER = {
     ("chosen", "rejected"): "of preferences, as DPO learns from. To learn the chosen answers, name them completion",
@@ -40,6 +40,7 @@ def to_message(turn: dict) -> dict:
     """A message with role and content, of one with from and value."""
     role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    role = str(role).lower()
     return rest | {"role": ROLES.get(role, role), "content": content}
 
 
@@ -52,20 +53,32 @@ def convert_rows(name: str, rows):
     refuse_other_rows(name, rows.column_names)
     columns = set(rows.column_names)
     source = next((each for each in ("messages", "conversations") if isinstance(rows[0].get(each), list)), None)
-    if source == "conversations" or (source and any("from" in turn for turn in rows[0][source])):
-        print(f"read as ShareGPT: {source} become messages")
-        kept = columns & {"messages", "tools"}
-        return rows.map(lambda row: {"messages": list(map(to_message, row[source]))}, remove_columns=[*columns - kept])
     pair = next((pair for pair in PAIRS if columns >= set(pair)), None)
-    if pair is None or source or columns >= {"prompt", "completion"}:
+
+    def put_system_first(row: dict, *turns: dict) -> list[dict]:
+        return [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]
+
+    def to_chat(row: dict) -> dict:
+        return {"messages": put_system_first(row, *map(to_message, row[source]))}
+
+    def to_pair(row: dict) -> dict:
+        prompt, answer = join(*(row[key] for key in asked)), join(row[pair[1]])
+        if "system" not in columns:
+            return {"prompt": prompt, "completion": answer}
+        prompt = put_system_first(row, {"role": "user", "content": prompt})
+        return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+
+    if source == "conversations" or (source and any("from" in turn for turn in rows[0][source])):
+        convert, used, said = to_chat, {source, "system"}, f"ShareGPT: {source} become messages"
+    elif source or pair is None or columns >= {"prompt", "completion"}:
         return rows
-    question, answer = pair
-    added = "input" if question == "instruction" and "input" in columns else None
-    print(f"read as {question}{' and input' if added else ''}, and {answer}: they become prompt and completion")
-    return rows.map(
-        lambda row: {"prompt": join(row[question], row.get(added)), "completion": join(row[answer])},
-        remove_columns=rows.column_names,
-    )
+    else:
+        asked = [pair[0], *(key for key in ("input", "context") if key in columns - set(pair))]
+        convert, used = to_pair, {*asked, pair[1], "system"}
+        said = f"{' and '.join(asked)}, and {pair[1]}: they become prompt and completion"
+    left = sorted(columns - used - {"tools"})
+    print(f"read as {said}" + (f". Left out: {', '.join(left)}" if left else ""))
+    return rows.map(convert, remove_columns=[*columns - {"tools", "messages"}])
 
 
 def main() -> None:

@@ -1,0 +1,149 @@
+"""What is wrong with the rows of a data set as texts and messages, before they are tokenized."""
+
+import contextlib
+import json
+import re
+from collections import defaultdict
+
+from folders import fail
+
+EMPTY = "have an empty question or answer: leave them out"
+NO_ANSWER = "have no answer of an assistant: leave them out"
+ENDS_ASKING = "end with a question, which is learned like an answer: leave the last message out"
+FORMATTED = (
+    "have marks of a chat format in a message, and the chat template goes around it: take them out, or join prompt "
+)
+FORMATTED += "and answer in one column, text"
+FOREIGN = "hold the end of another model's turns, which is mere text for this one: take it out, or give its own end"
+LEFT_OUT = "have {}, which the chat template leaves out: give one that writes them, --chat_template_path FILE"
+NO_END = (
+    "are written without an end after the last answer, and the model would not learn to stop: mend the chat template"
+)
+# What other formats write. The ends are tokens there.
+MARKS = {"[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "### Instruction:"}
+ENDS = {"</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>"}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
+
+
+def list_turns(row: dict) -> list[dict]:
+    """The messages of a row; none where it is of texts."""
+    turns = row["messages"] if "messages" in row else [*(row.get("prompt") or ""), *(row.get("completion") or "")]
+    return turns if turns and isinstance(turns[0], dict) else []
+
+
+def is_empty(turn: dict) -> bool:
+    """Whether a message has neither words nor calls nor reasoning."""
+    content = turn.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return not (said or any(turn[key] for key in turn.keys() - {"role", "content"}))
+
+
+def read_tools(row: dict) -> list | None:
+    tools = row.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) else tools) or None
+
+
+def check_row(number: int, row: dict, tokenizer) -> None:
+    """Stops at a row that the chat template does not take."""
+    if not (turns := list_turns(row)):
+        return
+    if not tokenizer.chat_template:
+        fail(f"row {number} has messages, and the tokenizer no chat template. Give one: --chat_template_path FILE")
+    try:
+        tokenizer.apply_chat_template(turns, tools=read_tools(row), tokenize=False)
+    except Exception as error:  # a template may raise anything
+        calls = ", and its tool calls" if any(turn.get("tool_calls") for turn in turns) else ""
+        fail(f"row {number}: the chat template does not take it{calls}: {error}. Mend it or the template.")
+
+
+def list_marks(tokenizer) -> set[str]:
+    """What has no place in a message: tokens and words that a chat template writes around it."""
+    text, special = "", {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    with contextlib.suppress(Exception):  # a template may want other messages than these
+        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "QUESTION"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    parts = {part.strip() for part in text.split("QUESTION")}
+    marks = {mark for mark in parts if len(mark) > 2 and re.search(r"[^\w\s:.,]", mark)}  # no mere words
+    return marks | {mark for mark in special if mark in text} | {tokenizer.eos_token} | MARKS
+
+
+def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[str]) -> set[str]:
+    """What a conversation has and the chat template does not write. A word is put in the place of each part."""
+    words, answer = {}, ""
+    last = max((place for place, turn in enumerate(turns) if turn.get("role") == "assistant"), default=None)
+
+    def put(what: str) -> str:
+        words[word := f"Q{len(words)}WORD"] = what
+        return word
+
+    def name(each: dict, what: str) -> dict:
+        return each | {"function": each["function"] | {"name": put(what)}}
+
+    marked = []
+    for place, turn in enumerate(turns):
+        new, content = dict(turn), turn.get("content")
+        for key in REASONING:  # that of earlier turns is left out on purpose
+            if turn.get(key) and place == last:
+                new[key] = put(key)
+        if isinstance(content, str) and content.strip():
+            *thought, _ = content.rpartition("</think>")
+            thought = f"<think>\n{put('reasoning')}\n</think>\n\n" if any(thought) and place == last else ""
+            new["content"] = thought + (answer := put(f"messages of the {turn.get('role')}"))
+        if turn.get("tool_calls"):
+            new["tool_calls"] = [name(call, "tool calls") for call in turn["tool_calls"]]
+            answer = [*words][-1]
+        if place == last:
+            answer_word = answer
+        marked.append(new)
+    try:
+        tools = [name(tool, "tools") for tool in tools] if tools else None
+        text = tokenizer.apply_chat_template(marked, tools=tools, tokenize=False)
+    except Exception:  # check_row says so where the row itself is not taken
+        return set()
+    found = {LEFT_OUT.format(what) for word, what in words.items() if word not in text}
+    if last is not None and answer_word in text:
+        after = re.split(r"Q\d+WORD", text.partition(answer_word)[2])[0]
+        found |= set() if any(end in after for end in ends) else {NO_END}
+    return found
+
+
+def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[str, list[int]]:
+    """What is wrong, and the numbers of the rows, from 1. ends: tokens at which the model stops."""
+    problems, shapes = defaultdict(list), {}
+    marks, vocabulary = list_marks(tokenizer) if tokenizer.chat_template else set(), tokenizer.get_vocab()
+    foreign = {end for end in ENDS if end not in vocabulary}
+    for number, row in enumerate(rows, 1):
+        turns = list_turns(row)
+        texts = [str(turn.get("content") or "").strip() for turn in turns] or [str(each or "") for each in row.values()]
+        if any(end in text for text in texts for end in foreign):
+            problems[FOREIGN].append(number)
+        if not turns:
+            if "completion" in row and not (row["completion"] or "").strip():
+                problems[EMPTY].append(number)
+            continue
+        for turn in turns:
+            parts = turn["content"] if isinstance(turn.get("content"), list) else []
+            if kinds := {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}:
+                fail(f"row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
+        roles = [turn.get("role") for turn in turns]
+        if "assistant" not in roles:
+            problems[NO_ANSWER].append(number)
+            if assistant_only:
+                fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
+        elif roles[-1] != "assistant":
+            problems[ENDS_ASKING].append(number)
+        if any(is_empty(turn) for turn in turns if turn.get("role") in ("user", "assistant")):
+            problems[EMPTY].append(number)
+        if any(mark in text for text in texts for mark in marks):
+            problems[FORMATTED].append(number)
+        # What a template leaves out is a matter of which parts there are
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of tools that are none: the tokenizing says so
+            tools = read_tools(row)
+            parts = [[key for key in turn if turn[key]] for turn in turns]
+            calls = [(len(turn.get("tool_calls") or ()), "</think>" in str(turn.get("content"))) for turn in turns]
+            shape = str((roles, parts, calls, bool(tools)))
+            if shape not in shapes:
+                shapes[shape] = find_left_out(turns, tools, tokenizer, ends)
+            for problem in shapes[shape]:
+                problems[problem].append(number)
+    return problems
