@@ -237,6 +237,21 @@ def test_a_new_environment_is_checked(trained):
     assert trained.steps() == ["00_check_gpu"]
 
 
+def test_a_chat_template_that_was_changed_trains_again(trained):
+    (trained.folder / "my.jinja").write_text("one")
+    for again in (True, False, True):
+        trained.make("train-lora", "ARGS=--chat_template_path my.jinja")
+        assert trained.steps() == [*AUDIT, *LORA] * again
+        if not again:
+            change(trained.folder / "my.jinja")
+    (trained.folder / "my.yaml").write_text("chat_template_path: my.jinja\n")
+    for again in (True, False, True):
+        trained.make("train-lora", "RECIPE=my.yaml", "ARGS=")
+        assert trained.steps() == [*AUDIT, *LORA] * again
+        if not again:
+            change(trained.folder / "my.jinja")
+
+
 def test_other_arguments_train_again_and_stay_with_their_step(trained):
     trained.make("train-lora", "ARGS=--max_steps 5 --run_name 'a b'")
     assert trained.steps() == [*AUDIT, *LORA]
