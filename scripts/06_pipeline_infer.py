@@ -72,8 +72,7 @@ def main() -> None:
     # Set the pipeline; the tutorial gives it the name of a model alone
     safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=args.dtype, **safe)
-    inputs = ["input_ids", "attention_mask"]  # no token_type_ids
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False, model_input_names=inputs)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained

@@ -107,6 +107,35 @@ def test_the_held_out_loss_is_cross_entropy_row_by_row_whatever_is_trained(optio
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5) and metrics["eval_tokens"] == tokens
 
 
+def test_packed_rows_do_not_see_one_another_in_a_step(tiny_model, uneven, tmp_path):
+    script, tokenizer = load("02_train_lora.py"), AutoTokenizer.from_pretrained(tiny_model)
+    options = {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "shuffle_dataset": False}
+    config = script.Config(str(tmp_path), report_to=[], bf16=False, use_cpu=True, completion_only_loss=True, **options)
+    rows = script.load_rows(str(uneven), "train", tokenizer, config)
+    model = load_plainly(tiny_model)
+    trainer = script.TokenLossTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    (row,) = (
+        row
+        for row in trainer.train_dataset
+        if len(row["seq_lengths"]) == max(map(len, trainer.train_dataset["seq_lengths"]))
+    )
+    loss = trainer.compute_loss(model.train(), trainer.data_collator([row])).item()
+    parts, start = [], 0
+    for length in row["seq_lengths"]:
+        parts.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
+        start += length
+    assert len(parts) > 2 and loss == pytest.approx(measure_tokens(model.eval(), parts), rel=1e-5)
+
+
+def test_many_held_out_rows_are_measured_to_the_bit_whatever_order_they_are_drawn_in(tiny_model, tmp_path):
+    words = "a b c d e f g red green blue sky sea".split()
+    rows = [{"prompt": words[number % 12], "completion": words[number * 5 % 11]} for number in range(48)]
+    data = write_both(tmp_path / "rows", rows)
+    metrics = train(tiny_model, data, tmp_path / "lora", "--max_steps", 3, "--per_device_eval_batch_size", 3, *HELD_OUT)
+    _, lora = evaluate(tiny_model, [tmp_path / "lora/adapter"], data, tmp_path / "report")
+    assert lora["loss"] == metrics["eval_loss"]
+
+
 def test_the_best_checkpoint_is_chosen_by_the_loss_of_all_tokens(tiny_model, uneven, tmp_path):
     best = ("--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 4, "--load_best_model_at_end", "true")
     best += ("--save_strategy", "steps", "--save_steps", 1, "--learning_rate", 0.3)
@@ -312,6 +341,23 @@ def test_the_end_that_was_trained_ends_what_is_generated_in_every_way(other_end,
         assert capsys.readouterr().out.split() == ["what", "blue"]
 
 
+def test_an_eos_that_the_tokenizer_alone_knows_is_made_known_to_what_generates(other_end, tmp_path):
+    settings = read(other_end / "tokenizer_config.json")
+    (other_end / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "z"}))
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "sky", "completion": "blue"}] * 4)
+    train(other_end, data, tmp_path / "full", "--max_steps", 1, script="03_train_full.py")
+    end = AutoTokenizer.from_pretrained(other_end).eos_token_id
+    assert read(tmp_path / "full/model/config.json")["eos_token_id"] == end
+    assert end in read(tmp_path / "full/model/generation_config.json")["eos_token_id"]
+
+
+def test_an_end_inside_a_word_is_the_same_before_and_after_it_is_saved(other_end, tmp_path):
+    data = write_both(tmp_path / "rows", [{"prompt": "az sky", "completion": "blue bz"}] * 4)
+    metrics = train(other_end, data, tmp_path / "lora", "--eos_token", "z", "--max_steps", 2, *HELD_OUT)
+    _, lora = evaluate(other_end, [tmp_path / "lora/adapter"], data, tmp_path / "report")
+    assert (lora["loss"], lora["tokens"]) == (metrics["eval_loss"], metrics["eval_tokens"])
+
+
 FORMS = {
     "prompt and completion": {"prompt": "sky", "completion": "blue"},
     "messages": {"messages": say("sky", "blue")},
@@ -358,6 +404,8 @@ def test_token_type_ids_are_dropped(tiny_model, tmp_path, capsys):
     call(
         "04_merge_adapter.py", "--model_name_or_path", adapter, "--output_dir", tmp_path / "merged", "--prompts", "sky"
     )
+    bare = shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("*tokenizer*", "*.jinja"))
+    call("04_merge_adapter.py", "--model_name_or_path", bare, "--output_dir", tmp_path / "other", "--prompts", "sky")
     for folder in (base, adapter, tmp_path / "merged/model"):
         for script in ("05_generate.py", "06_pipeline_infer.py"):
             call(script, "--model_name_or_path", folder, "--prompt", "sky", "--max_new_tokens", 2)
