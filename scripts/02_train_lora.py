@@ -148,7 +148,6 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    args.eos_token = args.eos_token or tokenizer.eos_token  # the trainer puts it into config and generation config
     quantization = get_quantization_config(model_args)
     if quantization and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         quantization.bnb_4bit_compute_dtype = torch.bfloat16
@@ -183,7 +182,6 @@ def main() -> None:
     trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(output_dir / "adapter")
     trainer.model.generation_config.to_json_file(output_dir / "adapter/generation_config.json")  # with the EOS
-    torch.manual_seed(args.seed)  # orders the held-out rows
     run = {
         "base_model": origin,
         "dataset": {"name": data, "rows": len(rows)},

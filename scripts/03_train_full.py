@@ -146,7 +146,6 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    args.eos_token = args.eos_token or tokenizer.eos_token  # the trainer puts it into config and generation config
     quantization = get_quantization_config(model_args)
     if quantization or model_args.dtype != "float32":
         sys.exit("error: all weights are trained, in float32. For an adapter, also on fewer bits: 02_train_lora.py")
@@ -177,7 +176,6 @@ def main() -> None:
     vars(trainer.model.config).update(router)  # the trainer switches it on, for the loss of a mixture of experts
     trainer.model.save_pretrained(output_dir / "model", max_shard_size="5GB")
     tokenizer.save_pretrained(output_dir / "model")
-    torch.manual_seed(args.seed)  # orders the held-out rows
     run = {
         "base_model": origin,
         "dataset": {"name": data, "rows": len(rows)},

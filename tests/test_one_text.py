@@ -109,7 +109,7 @@ def test_the_held_out_loss_is_cross_entropy_row_by_row_whatever_is_trained(optio
 
 def test_packed_rows_do_not_see_one_another_in_a_step(tiny_model, uneven, tmp_path):
     script, tokenizer = load("02_train_lora.py"), AutoTokenizer.from_pretrained(tiny_model)
-    options = {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "shuffle_dataset": False}
+    options = {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "use_cache": True}
     config = script.Config(str(tmp_path), report_to=[], bf16=False, use_cpu=True, completion_only_loss=True, **options)
     rows = script.load_rows(str(uneven), "train", tokenizer, config)
     model = load_plainly(tiny_model)

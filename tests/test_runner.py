@@ -400,7 +400,7 @@ OTHERS = {
     "--learning_rate 0.02 instead of 0.01": lambda folder: ["--learning_rate", "0.02"],
     "--seed 1 instead of none": lambda folder: ["--seed", "1"],
     "--lora_r 8 instead of none; --use_dora": lambda folder: ["--use_dora", "--lora_r=8"],
-    "02_train_lora.py ": lambda folder: rewrite(folder / "02_train_lora.py", "_seed(args.seed)", "_seed(7)"),
+    "02_train_lora.py ": lambda folder: rewrite(folder / "02_train_lora.py", "# Train the", "# Train this"),
     "--config recipe.yaml (": lambda folder: rewrite(folder / "recipe.yaml", "0.01", "0.02"),
     "another one: rows ": lambda folder: rewrite(folder / "rows/train.jsonl", "red", "blue"),
     "another one: model ": lambda folder: (

@@ -23,9 +23,9 @@ from look_at_rows import read_tools
 from records import load_script
 
 # What gives tokens, labels, batches and precision.
-OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field", "seed")
-OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "token_metrics", "loss_type")
-OPTIONS += ("label_smoothing_factor", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
+OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field")
+OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "seed", "data_seed", "tf32")
+OPTIONS += ("token_metrics", "loss_type", "label_smoothing_factor", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 
 
 def count(text: str) -> int:
@@ -122,7 +122,6 @@ def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: l
     trainer.eval_tokens = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
     if not trainer.eval_tokens:
         fail(f"no row has a token with loss within --max_length {config.max_length}. Give a larger one.")
-    torch.manual_seed(config.seed)  # as in the training
     loss = trainer.evaluate()["eval_loss"]
     kind = "completions" if trainer.completion_only_loss else "all tokens"
     return {
