@@ -22,6 +22,7 @@ NO_END = (
 # What other formats write. The ends are tokens there.
 MARKS = {"[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "### Instruction:"}
 ENDS = {"</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>"}
+ASKING = {"user", "system", "developer", "tool"}  # roles; a template may take any other for the assistant's
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 
 
@@ -126,11 +127,11 @@ def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[
             if kinds := {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}:
                 fail(f"row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
         roles = [turn.get("role") for turn in turns]
-        if "assistant" not in roles:
+        if assistant_only and "assistant" not in roles:
+            fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
+        if ASKING >= {*roles}:
             problems[NO_ANSWER].append(number)
-            if assistant_only:
-                fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
-        elif roles[-1] != "assistant":
+        elif roles[-1] == "user":
             problems[ENDS_ASKING].append(number)
         if any(is_empty(turn) for turn in turns if turn.get("role") in ("user", "assistant")):
             problems[EMPTY].append(number)
