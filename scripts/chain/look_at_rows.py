@@ -129,7 +129,7 @@ def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[
         roles = [turn.get("role") for turn in turns]
         if assistant_only and "assistant" not in roles:
             fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
-        if ASKING >= {*roles}:
+        if {*roles} <= ASKING:
             problems[NO_ANSWER].append(number)
         elif roles[-1] == "user":
             problems[ENDS_ASKING].append(number)
