@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from folders import fail, write_json
-from look_at_rows import ENDS_ASKING, FOREIGN, check_row, look_at_rows
+from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, look_at_rows
 from read_rows import refuse_other_rows
 from records import load_script
 
@@ -269,6 +269,8 @@ def main() -> None:
             "note: the chat template writes today's date. Tomorrow the same rows have other tokens: for a training that"
         )
         print("goes on then, for make evaluate and make reproduce. Without a date: --chat_template_path FILE")
+    if any("in the labels" in what for what in of_tokens):  # which says what to do
+        problems.pop(NO_END, None)
     report_problems(problems | of_tokens, len(rows))
     if script_args.output:
         write_json(Path(script_args.output), report)
