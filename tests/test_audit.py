@@ -402,6 +402,13 @@ def test_a_bos_that_the_template_does_not_write_is_only_said(audit, model):
     assert report is not None and "warning: 2 of 2 rows lack the BOS that the tokenizer adds to texts" in message
 
 
+def test_a_prompt_that_is_asked_otherwise_than_it_is_learned_is_said(audit, model):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}{{ ' what' }}{% endif %}")
+    message, report = audit([PAIR] * 3)
+    assert report is not None and "warning: 3 of 3 rows are asked with other tokens than those before" in message
+
+
 def test_long_texts_are_cut_and_it_is_said_how_not_to(audit):
     message, report = audit([{"text": "a b c d e f g h x y"}] * 4, "--max_length", 6)
     assert report["rows_that_keep_their_end"] == 0 and "--packing_strategy bfd_split learns all parts" in message

@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from folders import fail, write_json
-from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, look_at_rows
+from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, look_at_rows, read_tools
 from read_rows import refuse_other_rows
 from records import load_script
 
@@ -47,7 +47,9 @@ NO_EOS = "have no {} in the labels, and the model would not learn to stop: mend 
 NO_LOSS = "have no token to learn from within --max_length {}: give a larger one"
 CUT = "lose their end and its EOS to --max_length {}: --max_length {} keeps 99 % of the rows whole"
 CUT_TEXT = CUT + ", and --packing true --packing_strategy bfd_split learns all parts of long ones"
-WARNED = {ENDS_ASKING, FOREIGN, NO_BOS}  # these never stop a training, and CUT_TEXT
+PROMPT = "are asked with other tokens than those before their answer in the training: let the chat template write both "
+PROMPT += "alike, without a blank at the end of the prompt"
+WARNED = {ENDS_ASKING, FOREIGN, NO_BOS, PROMPT}  # these never stop a training, and CUT_TEXT
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 REFUSED = {
@@ -188,6 +190,20 @@ def look_at_tokens(rows: Dataset, tokenizer, args: SFTConfig, ends: set[int]) ->
     }, problems
 
 
+def look_at_prompts(rows: Dataset, tokenized: Dataset, tokenizer, most: int = 1000) -> list[int]:
+    """Numbers of the first rows whose prompt, as it is asked, is not the beginning of the row as it is learned."""
+    numbers = []
+    for number, row in enumerate(rows.select(range(min(most, len(rows)))), 1):
+        if isinstance(row["prompt"], str):
+            asked = tokenizer(row["prompt"]).input_ids
+        else:
+            options = {"add_generation_prompt": True, "return_dict": False}
+            asked = tokenizer.apply_chat_template(row["prompt"], tools=read_tools(row), **options)
+        if tokenized[number - 1]["input_ids"][: len(asked)] != asked:
+            numbers.append(number)
+    return numbers
+
+
 def report_problems(problems: dict[str, list[int]], rows: int) -> None:
     """Warns of what is wrong with few rows; stops where it is with many, or where no row keeps its end."""
     wrong = []
@@ -269,6 +285,8 @@ def main() -> None:
             "note: the chat template writes today's date. Tomorrow the same rows have other tokens: for a training that"
         )
         print("goes on then, for make evaluate and make reproduce. Without a date: --chat_template_path FILE")
+    if "prompt" in rows.column_names and (differ := look_at_prompts(rows, trainer.train_dataset, tokenizer)):
+        problems[PROMPT] = differ
     if any("in the labels" in what for what in of_tokens):  # which says what to do
         problems.pop(NO_END, None)
     report_problems(problems | of_tokens, len(rows))
