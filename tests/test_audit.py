@@ -334,6 +334,18 @@ def test_a_row_that_the_template_does_not_take_is_named_with_its_calls(audit):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     said, report = audit([MESSAGES, {"messages": turns}])
     assert report is None and "row 2: the chat template does not take it, and its tool calls: " in said
+    assert 'Give it "content": "" instead of null' in said
+
+
+def test_answers_that_the_template_does_not_mark_are_not_learned_alone(audit, model):
+    said, report = audit([MESSAGES], "--assistant_only_loss", "true")
+    assert report is None and "Give one that does, --chat_template_path FILE (docs/tutorial.md has one)" in said
+    text = (ROOT / "docs/tutorial.md").read_text().split("for models with ChatML:\n\n")[1].split("\n\n")[0]
+    (model.parent / "chatml.jinja").write_text("\n".join(line[4:] for line in text.splitlines()))
+    shutil.rmtree(model.parent / "rows")
+    options = ("--assistant_only_loss", "true", "--chat_template_path", "chatml.jinja", "--eos_token", "</s>")
+    said, report = audit([MESSAGES], *options)  # whose tokenizer has no <|im_end|>
+    assert report is None and "in the labels" in said
 
 
 def ask(*words: str) -> list[dict]:

@@ -122,6 +122,13 @@ def tokenize_rows(rows: Dataset, held_out: Dataset | None, tokenizer, args: SFTC
     except Exception:
         for number, row in enumerate(rows, 1):
             check_row(number, row, tokenizer)
+        if args.assistant_only_loss and "{% generation" not in str(tokenizer.chat_template):
+            reason = (
+                "which the chat template does not mark with {% generation %}. Give one that does, --chat_template_path"
+            )
+            fail(
+                f"--assistant_only_loss learns the answers, {reason} FILE (docs/tutorial.md has one), or leave it out."
+            )
         raise
 
 
@@ -278,7 +285,7 @@ def main() -> None:
     for key, value in report.items():
         print(f"{key:25} {value:.3f}" if isinstance(value, float) else f"{key:25} {value}")
     number = min(11, len(rows) - 1)
-    print(f"\nRow {number} (what is learned is green, or between [[ and ]]):")
+    print(f"\nRow {number}, counted from 0 (what is learned is green, or between [[ and ]]):")
     print(show_row(trainer.train_dataset[number], tokenizer))
     if "strftime_now" in str(tokenizer.chat_template):
         print(

@@ -54,7 +54,10 @@ def check_row(number: int, row: dict, tokenizer) -> None:
         tokenizer.apply_chat_template(turns, tools=read_tools(row), tokenize=False)
     except Exception as error:  # a template may raise anything
         calls = ", and its tool calls" if any(turn.get("tool_calls") for turn in turns) else ""
-        fail(f"row {number}: the chat template does not take it{calls}: {error}. Mend it or the template.")
+        mend = "Mend it or the template"
+        if any(turn.get("content") is None for turn in turns):
+            mend = 'Give it "content": "" instead of null, or another template'
+        fail(f"row {number}: the chat template does not take it{calls}: {error}. {mend}.")
 
 
 def list_marks(tokenizer) -> set[str]:

@@ -18,7 +18,8 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool"}
 # Rows that are for something else, by their columns.
 OTHER = {
-    ("chosen", "rejected"): "of preferences, as DPO learns from. To learn the chosen answers, name them completion",
+    ("chosen", "rejected"): "of preferences, as DPO learns from. To learn what was chosen: name it completion, "
+    "or messages where it is whole conversations",
     (
         "prompt",
         "completion",
