@@ -218,6 +218,8 @@ def test_what_a_merge_by_hand_was_trained_on_is_measured(tiny_model, tmp_path, c
     _, merged = evaluate(tiny_model, [tmp_path / "merged/model"], data, tmp_path / "report")
     assert merged["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert (merged["tokens"], merged["measured"]) == (metrics["eval_tokens"], "assistant turns")
+    with pytest.raises(SystemExit, match="merged/model was trained on these rows"):
+        evaluate(tiny_model, [tmp_path / "merged/model"], data, tmp_path / "report", "--dataset_test_split", "train")
     shutil.copytree(adapter, tmp_path / "alone/adapter")
     capsys.readouterr()
     evaluate(tiny_model, [tmp_path / "alone/adapter"], data, tmp_path / "report")

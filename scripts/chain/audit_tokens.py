@@ -5,8 +5,8 @@
 Reads   config and tokenizer of MODEL (hub id or folder) and DATA, and takes the options and --config of the training.
 Writes  --output, if given and nothing is wrong.
 Exits   with status 1 where a training would fail later, or where more than one row in ten teaches something else than
-        it should: the chat template goes around what has a format already, or leaves tool calls out; BOS or EOS stands
-        twice, or is missing; an answer is empty or missing. Of fewer rows it warns, and of rows that --max_length cuts.
+        it should: the chat template goes around what has a format already, or leaves parts out; BOS or EOS stands
+        twice; EOS, an answer or its end is missing. Of fewer rows it warns, and of rows that --max_length cuts.
 
 The rows are those of 02_train_lora.py, tokenized and labelled by SFTTrainer itself.
 """
@@ -123,12 +123,8 @@ def tokenize_rows(rows: Dataset, held_out: Dataset | None, tokenizer, args: SFTC
         for number, row in enumerate(rows, 1):
             check_row(number, row, tokenizer)
         if args.assistant_only_loss and "{% generation" not in str(tokenizer.chat_template):
-            reason = (
-                "which the chat template does not mark with {% generation %}. Give one that does, --chat_template_path"
-            )
-            fail(
-                f"--assistant_only_loss learns the answers, {reason} FILE (docs/tutorial.md has one), or leave it out."
-            )
+            reason = "--assistant_only_loss, and the chat template does not mark the answers with {% generation %}"
+            fail(f"{reason}. Give one that does, --chat_template_path FILE (docs/tutorial.md has one).")
         raise
 
 
@@ -289,9 +285,9 @@ def main() -> None:
     print(show_row(trainer.train_dataset[number], tokenizer))
     if "strftime_now" in str(tokenizer.chat_template):
         print(
-            "note: the chat template writes today's date. Tomorrow the same rows have other tokens: for a training that"
+            "note: the chat template writes today's date. Tomorrow the same rows have other tokens, for a training that"
         )
-        print("goes on then, for make evaluate and make reproduce. Without a date: --chat_template_path FILE")
+        print("goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
     if "prompt" in rows.column_names and (differ := look_at_prompts(rows, trainer.train_dataset, tokenizer)):
         problems[PROMPT] = differ
     if any("in the labels" in what for what in of_tokens):  # which says what to do

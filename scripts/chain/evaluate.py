@@ -68,11 +68,18 @@ def list_sums(data: Path, split: str) -> dict[str, str]:
     return {name: part["sha256"] for name, part in read_json(file)["dataset"].items() if isinstance(part, dict)}
 
 
+def find_run(model: str) -> dict:
+    """The record of the training of a model, also of one that was merged by hand; nothing where there is none."""
+    record = read_record(Path(model).parent)
+    adapter = record.get("adapter")
+    return find_training(record) or (read_record(Path(adapter["name"]).parent) if adapter else {})
+
+
 def check_training_rows(models: list[str], data: str, split: str) -> None:
     """Refuses a model trained on the held-out rows, or on others than those beside them: they may be among these."""
     sums = list_sums(Path(data), split)
     for model in models:
-        run = find_training(read_record(Path(model).parent))
+        run = find_run(model)
         trained_on = run and find_data(run)["train"]["sha256"]
         named = run and (run["dataset"]["name"], run["arguments"]["dataset_train_split"])
         if named == (data, split) or (trained_on and trained_on == sums.get(split)):
@@ -174,9 +181,7 @@ def main() -> None:
     prompts = [{"prompt": prompt, "reference": None, "tools": None} for prompt in args.prompts]
     groups, notes = {}, []
     for path in args.models or [args.base_model]:
-        record = read_record(Path(path).parent)
-        adapter = record.get("adapter")  # of a merge
-        run = find_training(record) or (read_record(Path(adapter["name"]).parent) if adapter else {})
+        run = find_run(path)
         if not run.get("arguments") and path != args.base_model:
             print(f"{path} has no record of its training: it is measured with the options of 02_train_lora.py")
         dtype = args.dtype or run.get("arguments", {}).get("dtype", "float32")
@@ -186,21 +191,22 @@ def main() -> None:
             rows = training.load_rows(args.dataset_name, split, tokenizer, config)
             prompts = prompts or choose_prompts(rows)
             result = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-            group = groups.setdefault((result["tokens_sha256"], dtype), [])
+            new, group = [], groups.setdefault((result["tokens_sha256"], dtype), [])
             if not group and path != args.base_model:
                 del model  # before the next one is loaded
                 model, _ = generation.load_model(args.base_model, None, dtype)
                 base = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-                group.append({"name": "base", "path": args.base_model, "dtype": dtype} | base)
+                new.append({"name": "base", "path": args.base_model, "dtype": dtype} | base)
         del model
         folder = Path(path).resolve()
         name = folder.parent.name if folder.name in ("adapter", "model") else path
-        group.append({"name": name if path != args.base_model else "base", "path": path, "dtype": dtype} | result)
-        if record.get("quantization"):
-            group[-1]["loss_quantized"] = record["metrics"].get("eval_loss")
+        new.append({"name": name if path != args.base_model else "base", "path": path, "dtype": dtype} | result)
+        if (record := read_record(Path(path).parent)).get("quantization"):
+            new[-1]["loss_quantized"] = record["metrics"].get("eval_loss")
+        group += new
         if "strftime_now" in str(tokenizer.chat_template):
             notes += [f"The chat template of {name} writes the date: it was trained with that of {run.get('started')}."]
-        for each in group[-2:] if len(group) == 2 else group[-1:]:
+        for each in new:
             print(f"{each['name']}: loss {each['loss']:.4f}, perplexity {each['perplexity']:.2f}", flush=True)
 
     models = [each for group in groups.values() for each in group]
