@@ -588,8 +588,8 @@ def test_ctrl_c_during_the_removal_of_the_old_environment_leaves_the_new_one(pro
 def test_make_brings_back_what_was_there_after_a_kill(project):
     def kill() -> None:
         make = project.environment.start(*MAKE, **CLEAN)
-        for process in sorted(session(make.pid)):
-            os.kill(process, signal.SIGKILL)
+        for group in (make.pid, project.environment.pip):
+            os.killpg(group, signal.SIGKILL)
         make.communicate()
         project.environment.unlocked()
         assert project.environment.old.exists() and not (project.folder / ".venv/installed").exists()
