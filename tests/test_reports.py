@@ -103,7 +103,8 @@ def test_the_loss_of_an_adapter_of_quantized_weights_is_told_apart(out, tmp_path
     result = evaluate(out, tmp_path, models=(tmp_path / "qlora/adapter",))
     assert result.returncode == 0, result.stderr
     there = read(out / "lora/run.json")["metrics"]["eval_loss"]
-    assert f"quantized weights, where its loss is {there:.4f}" in (tmp_path / "evaluation.md").read_text()
+    told = f"qlora was trained on quantized weights, where its loss is {there:.4f}"
+    assert told in (tmp_path / "evaluation.md").read_text()
 
 
 def test_a_model_is_not_measured_beside_rows_it_was_not_trained_on(out, question_rows, tmp_path):
