@@ -140,7 +140,7 @@ bitsandbytes: | $(VENV)/installed ## build bitsandbytes where the wheel does not
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
 audit: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## show which tokens will be learned, and stop where the data is wrong
-	$(call audit,lora,$(call args,lora) $(ARGS))
+	$(call audit,lora,$(ARGS))
 train-lora: $(OUT)/lora/run.json ## fine-tune with LoRA and save the adapter
 	@$(call finish,lora)
 train-full: $(OUT)/full/run.json ## fine-tune all parameters and save the model

@@ -154,8 +154,9 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
             except (ValueError, AttributeError) as error:
                 sys.exit(f"error: {file}, line {number} is cut off, or no JSON object: {error}. Mend that line.")
     source = {"path": str(path.parent), "data_files": {"train": path.name}} if path.is_file() else {"path": name}
-    words = {"keep_default_na": False} if path.suffix == ".csv" or (path / "train.csv").is_file() else {}  # None, NA
-    found = load_dataset(**source, **words, revision=origin.get("revision"))
+    if path.suffix == ".csv" or (path / "train.csv").is_file():  # None, NA and 007 stay words
+        source |= {"keep_default_na": False, "converters": dict.fromkeys(range(999), str)}
+    found = load_dataset(**source, revision=origin.get("revision"))
     found = {split: check_rows(name, found[split]) for split in ("train", "validation", "test") if split in found}
     rows, held_out = found["train"], found.get("validation") or found.get("test")
     origin["held_out_rows"] = count = 0 if held_out else args.validation_rows
@@ -177,8 +178,7 @@ def main() -> None:
     for kind, place, fetch in (("model", "base-model", fetch_model), ("dataset", "dataset", fetch_dataset)):
         if args.only not in (kind, "both"):
             continue
-        folder = Path(args.output_dir, place if args.only == "both" else "")
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(args.output_dir, place if args.only == "both" else "")).mkdir(parents=True, exist_ok=True)
         if {path.name for path in folder.iterdir()} - {"step.json"}:  # which says what is under way
             sys.exit(f"error: {folder} is not empty. Empty it, or give another --output_dir.")
         try:

@@ -63,8 +63,7 @@ class Config(SFTConfig):
 
 def find_origin(name: str, revision: str) -> dict:
     """Name and commit of a model on a hub; of a folder its name, or what 01_download.py noted there."""
-    if Path(name).is_dir():
-        note = Path(name, "run.json")
+    if (note := Path(name, "run.json")).parent.is_dir():
         return json.loads(note.read_text(encoding="utf-8"))["base_model"] if note.is_file() else {"name": name}
     try:
         return {"name": name, "revision": Path(hf_hub_download(name, "config.json", revision=revision)).parent.name}
@@ -76,17 +75,16 @@ def find_origin(name: str, revision: str) -> dict:
 
 def load_rows(name: str, split: str, tokenizer, args: SFTConfig) -> Dataset:
     """Rows as the trainer takes them: prompt and completion as a chat where there is a template, one BOS for texts."""
-    file = Path(name).absolute()  # in the folder "." no data set is found
-    source = {"path": str(file.parent), "data_files": {"train": file.name}} if file.is_file() else {"path": name}
+    path, data_files = (str(file.parent), file.name) if (file := Path(name).absolute()).is_file() else (name, None)
     try:
-        rows = load_dataset(**source, split=split)
+        rows = load_dataset(path, data_files=data_files, split=split)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # no such file, id, split or access, no network
         gate = f" Ask for access at https://huggingface.co/datasets/{name}, {STEPS}." if "a gated" in str(error) else ""
         sys.exit(f"error: no data set at {name!r}, hub id, folder or file: {' '.join(str(error).split())[:200]}{gate}")
     forms = (["prompt", "completion"], ["messages"], [args.dataset_text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
-    if form is None:
-        sys.exit(f"error: {name!r} has the columns {rows.column_names}, not text, messages, or prompt and completion.")
+    if form is None or not all(isinstance(rows[0][key], str | list) for key in form):  # nor a date, read from words
+        sys.exit(f"error: {name!r} has {rows.features}: no words as text, messages, or prompt and completion.")
     rows = rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
     if args.chat_template_path:  # a file: another model's template may need tokens that this one has no embedding of
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
@@ -168,6 +166,11 @@ def main() -> None:
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])
+    if trainer.padding_free:  # packed rows are told apart by their positions, which not every architecture looks at
+        place = torch.arange(8, device=trainer.model.device)[None] % 4
+        row, again = trainer.model.eval()(place + 5, position_ids=place, use_cache=False).logits.chunk(2, dim=1)
+        if (row - again).abs().max() > row.std() / 20:
+            sys.exit(f"error: {name!r} mixes rows that are packed. Leave --packing and --padding_free out.")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interruption.stop)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
@@ -176,9 +179,8 @@ def main() -> None:
         sys.exit(128 + interruption.signal)
 
     # Save the adapter; one whose base came from a hub names the hub id, so that it loads anywhere
-    if "revision" in origin:
-        names = dict(base_model_name_or_path=origin["name"], revision=origin["revision"])
-        vars(trainer.model.peft_config["default"]).update(names)
+    if commit := origin.get("revision"):
+        vars(trainer.model.peft_config["default"]).update(base_model_name_or_path=origin["name"], revision=commit)
     trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(output_dir / "adapter")
     trainer.model.generation_config.to_json_file(output_dir / "adapter/generation_config.json")  # with the EOS

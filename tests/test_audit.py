@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, load, run, write_rows
@@ -116,7 +117,7 @@ def test_two_bos_stop_the_chain(audit, model):
     said, report = audit([MESSAGES])
     assert (
         report is None
-        and "1 of 1 rows have <s> twice, with nothing between: take one out of the rows or of the chat" in said
+        and "1 of 1 rows have <s> twice, with nothing between: take one out of the rows, the chat" in said
     )
 
 
@@ -333,13 +334,17 @@ def test_a_call_that_the_template_writes_is_no_fault(audit, model):
 def test_a_row_that_the_template_does_not_take_is_named_with_its_calls(audit):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     said, report = audit([MESSAGES, {"messages": turns}])
-    assert report is None and "row 2: the chat template does not take it, and its tool calls: " in said
+    assert (
+        report is None and "row 2 (user, assistant): the chat template does not take it, and its tool calls: " in said
+    )
     assert 'Give it "content": "" instead of null' in said
 
 
 def test_answers_that_the_template_does_not_mark_are_not_learned_alone(audit, model):
     said, report = audit([MESSAGES], "--assistant_only_loss", "true")
-    assert report is None and "Give one that does, --chat_template_path FILE (docs/tutorial.md has one)" in said
+    assert (
+        report is None and "Give one that does, --chat_template_path FILE (docs/tutorial.md has one for ChatML)" in said
+    )
     text = (ROOT / "docs/tutorial.md").read_text().split("for models with ChatML:\n\n")[1].split("\n\n")[0]
     (model.parent / "chatml.jinja").write_text("\n".join(line[4:] for line in text.splitlines()))
     shutil.rmtree(model.parent / "rows")
@@ -421,6 +426,125 @@ def test_a_prompt_that_is_asked_otherwise_than_it_is_learned_is_said(audit, mode
     assert report is not None and "warning: 3 of 3 rows are asked with other tokens than those before" in message
 
 
+def test_the_prompt_of_a_conversation_is_held_against_what_is_asked_too(audit, model):
+    template = model / "chat_template.jinja"
+    text = template.read_text()
+    for more in ("{% if add_generation_prompt %}{{ ' what' }}{% endif %}", None):
+        answer = "{{ ' what ' + message['content'] + ' ' + eos_token }}"  # what: as if the name of a role
+        changed = text.replace("{{ ' ' + message['content'] + ' ' + eos_token }}", answer)
+        template.write_text(text + more if more else changed)
+        message, report = audit([{"messages": ask("a", "red", "b", "blue")}] * 3)
+        assert report is not None and "warning: 3 of 3 rows are asked with other tokens than those before" in message
+        shutil.rmtree(model.parent / "rows")
+        (model.parent / "audit.json").unlink()
+    template.write_text(changed + "{% if add_generation_prompt %}{{ ' what' }}{% endif %}")
+    assert "asked with other tokens" not in audit([{"messages": ask("a", "red")}] * 3)[0]
+
+
+def write_template(model, question: str, answer: str) -> None:
+    """A template that writes messages with these expressions for their words."""
+    text = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] QUESTION [/INST]{% else %} ANSWER "
+    )
+    text += "{{ eos_token }}{% endif %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(text.replace("QUESTION", question).replace("ANSWER", answer))
+
+
+PARTS = {
+    "each": ("{% for p in m['content'] %}{{ p['text'] }}{% endfor %}", False),
+    "as Python": ("{{ m['content'] }}", True),
+    "nothing": ("{{ m['content'] if m['content'] is string else 'x' }}", True),
+}
+
+
+@pytest.mark.parametrize("how", PARTS)
+@pytest.mark.parametrize("of", ["question", "answer"])
+def test_content_in_parts_that_the_template_does_not_write_stops_the_chain(how, of, audit, model):
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in ask("a", "red")]
+    write, wrong = PARTS[how]
+    write_template(model, **dict.fromkeys(("question", "answer"), PARTS["each"][0]) | {of: write})
+    said, report = audit([{"messages": parts}] * 3)
+    assert (report is None) is wrong
+    assert ("3 of 3 rows have content in parts, which the chat template does not write as text" in said) is wrong
+
+
+def test_arguments_that_the_template_encodes_once_more_stop_the_chain(audit, model):
+    template = model / "chat_template.jinja"
+    written = (
+        "{{ message['content'] ~ (message['tool_calls'][0]['function'] | tojson if message['tool_calls'] else '') }}"
+    )
+    template.write_text(template.read_text().replace("{{ ' ' + message['content'] + ' ' + eos_token }}", written + EOS))
+    for arguments, wrong in ((json.dumps({"a": 1}), True), ({"a": 1}, False)):
+        call = {**CALL, "function": {**CALL["function"], "arguments": arguments}}
+        turns = [*ask("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        said, report = audit([{"messages": turns}] * 2)
+        assert (report is None) is wrong and ("arguments are JSON in a text" in said) is wrong
+        shutil.rmtree(model.parent / "rows")
+
+
+def test_what_looks_like_a_format_inside_of_words_is_no_fault(audit):
+    prose = ask("what is <|im_start|>", "### Instruction: <|im_end|> is red")
+    said, report = audit([{"messages": prose}] * 3)
+    assert report is not None and "warning" not in said
+    shutil.rmtree("rows")
+    Path("audit.json").unlink()
+    said, report = audit([{"messages": ask("### Instruction: a", "red")}] * 3)
+    assert report is None and "3 of 3 rows have marks of a chat format" in said
+
+
+def test_another_end_of_the_model_inside_an_answer_stops_the_chain(audit, model):
+    change(model / "generation_config.json", eos_token_id=[2, 24])  # 24 is z
+    said, report = audit([{"messages": ask("a", "red z b")}] * 2)
+    assert report is None and "2 of 2 rows have marks of a chat format" in said
+
+
+def test_roles_that_no_template_knows_are_rows_without_an_answer(audit):
+    turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "red"}]
+    said, report = audit([{"messages": turns}])
+    assert report is None and "1 of 1 rows have no answer of an assistant" in said
+
+
+def test_content_that_is_no_text_is_named(audit):
+    turns = [{"role": "user", "content": "2024-01-01"}, {"role": "assistant", "content": "2024-01-01"}]
+    said, report = audit([{"messages": turns}] * 2)
+    assert report is None and "is no text. Put it in quotes, or a word beside it" in said
+
+
+def test_held_out_rows_are_looked_at_too(audit, model):
+    wrong = [{"prompt": "<s> a", "completion": "red"}, {"prompt": "a " * 60, "completion": "b"}, *LLAMA[:2]]
+    said, report = audit(LLAMA, "--max_length", 30, held_out=wrong)
+    assert report is not None
+    assert "warning: 1 of 4 held-out rows have marks of a chat format" in said and "(first: held-out row 1)" in said
+    assert "warning: 1 of 4 held-out rows have no token to learn from within --max_length 30" in said
+    shutil.rmtree(model.parent / "rows")
+    (model.parent / "audit.json").unlink()
+    template = model / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + template.read_text()
+    )
+    said, report = audit(
+        [MESSAGES], held_out=[MESSAGES, {"messages": [{"role": "system", "content": "x"}, *ask("a", "b")]}]
+    )
+    assert (
+        report is None and "held-out row 2 (system, user, assistant): the chat template does not take it: no." in said
+    )
+
+
+def test_no_more_places_are_advised_than_the_model_has(audit, model):
+    change(model / "config.json", max_position_embeddings=20)
+    rows = [{"prompt": "a", "completion": "b " * 30}] * 9 + [{"prompt": "a", "completion": "b"}] * 9
+    said, report = audit(rows, "--max_length", 12)
+    assert report is not None and "to --max_length 12: the model has places for 20: make them shorter" in said
+
+
+def test_options_that_would_be_ignored_are_refused(audit, tmp_path):
+    said, report = audit([MESSAGES], "--completion_only_loss", "true")
+    assert report is None and "--completion_only_loss, and the rows have no prompt." in said
+    shutil.rmtree(tmp_path / "rows")
+    said, report = audit([MESSAGES], "--dataset_config", "b")
+    assert report is None and "--dataset_config is refused: other rows would be learned" in said
+
+
 def test_long_texts_are_cut_and_it_is_said_how_not_to(audit):
     message, report = audit([{"text": "a b c d e f g h x y"}] * 4, "--max_length", 6)
     assert report["rows_that_keep_their_end"] == 0 and "--packing_strategy bfd_split learns all parts" in message
@@ -493,4 +617,4 @@ def test_what_the_template_says_of_the_rows_is_explained(content, said, model, t
     result = run("chain/run_step.py", "--reads", "model", "--", script, *options, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert said in result.stderr[result.stderr.index("error: ") :]
-    assert "row 1: the chat template does not take it" in result.stderr
+    assert "row 1 (user, assistant): the chat template does not take it" in result.stderr

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, check_refusal, load, run
 from helpers import call, measure, read, read_losses, read_rows, read_weights
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 FAST = ["--learning_rate", "0.005", "--optim", "adamw_torch", "--logging_steps", "5"]
 QUESTIONS = ["what color is the sky", "what color is the sea", "what color is the a"]
@@ -161,21 +161,23 @@ def test_a_merge_that_is_spoiled_on_its_way_to_the_disk_fails_and_has_no_record(
     assert not (tmp_path / "run.json").exists()
 
 
-@pytest.mark.parametrize("setting", ["temperature", "top_p"])
-def test_a_generation_setting_that_could_not_be_saved_does_not_cost_the_training(
+@pytest.mark.parametrize("setting", [{"temperature": 0.9}, {"top_p": 0.9, "min_p": 0.1}, {"top_k": 5}])
+def test_a_generation_setting_that_could_not_be_saved_costs_no_training_and_makes_nothing_random(
     setting, tiny_model, question_rows, tmp_path
 ):
     base = shutil.copytree(tiny_model, tmp_path / "base")
-    settings = read(base / "generation_config.json") | {setting: 0.9}  # without do_sample
+    settings = read(base / "generation_config.json") | setting  # without do_sample
     (base / "generation_config.json").write_text(json.dumps(settings))
     args = ("--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "full")
     call("03_train_full.py", "--model_name_or_path", base, "--dataset_name", question_rows, *FAST, *args)
-    assert read(tmp_path / "full/model/generation_config.json")[setting] == 0.9
     args = (*args[:-1], tmp_path / "lora")
     call("02_train_lora.py", "--model_name_or_path", base, "--dataset_name", question_rows, *FAST, *args)
     call("04_merge_adapter.py", "--model_name_or_path", tmp_path / "lora/adapter", "--output_dir", tmp_path / "merged")
-    for folder in (tmp_path / "lora/adapter", tmp_path / "merged/model"):
-        assert read(folder / "generation_config.json")[setting] == 0.9
+    assert read(tmp_path / "lora/adapter/generation_config.json").items() >= setting.items()
+    for folder in (tmp_path / "full/model", tmp_path / "merged/model"):
+        model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([[1, 5, 6]])
+        greedy = model.generate(ids, do_sample=False, max_new_tokens=9).tolist()
+        assert all(model.generate(ids, max_new_tokens=9).tolist() == greedy for _ in range(5))
 
 
 def test_the_pipeline_answers_as_generate_does(runs, tiny_model, tmp_path):

@@ -14,6 +14,8 @@ from transformers import (
     GenerationConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     pipeline,
 )
 
@@ -127,6 +129,26 @@ def test_packed_rows_do_not_see_one_another_in_a_step(tiny_model, uneven, tmp_pa
     assert len(parts) > 2 and loss == pytest.approx(measure_tokens(model.eval(), parts), rel=1e-5)
 
 
+@pytest.mark.parametrize("option", ["--packing true", "--padding_free true --max_length null"])
+@pytest.mark.parametrize("script", ["02_train_lora.py", "03_train_full.py"])
+def test_an_architecture_that_mixes_packed_rows_is_refused(script, option, tiny_model, uneven, tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    }
+    config = OPTConfig(vocab_size=32, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, init_std=0.3)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "opt")
+    options = ("--max_length", 64, "--max_steps", 1)
+    train(tmp_path / "opt", uneven, tmp_path / "out", *options, script=script)
+    with pytest.raises(SystemExit, match="mixes rows that are packed. Leave --packing and --padding_free out."):
+        train(tmp_path / "opt", uneven, tmp_path / "packed", *options, *option.split(), script=script)
+
+
 def test_many_held_out_rows_are_measured_to_the_bit_whatever_order_they_are_drawn_in(tiny_model, tmp_path):
     words = "a b c d e f g red green blue sky sea".split()
     rows = [{"prompt": words[number % 12], "completion": words[number * 5 % 11]} for number in range(48)]
@@ -203,6 +225,47 @@ def test_an_evaluation_measures_the_tokens_of_the_training_for_the_base_model_to
     trained = load_plainly(tiny_model, tmp_path / "lora/adapter")
     assert lora["loss"] == pytest.approx(measure_tokens(trained, tokens), rel=1e-5)
     assert base["loss"] == pytest.approx(measure_tokens(load_plainly(tiny_model), tokens), rel=1e-5)
+
+
+def test_a_file_is_measured_by_the_split_asked_for_and_refused_where_it_was_trained_on(tiny_model, tmp_path):
+    words = "a b c d e f g red green blue".split()
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": word, "completion": word * 2} for word in words])
+    splits = ("--dataset_train_split", "train[:6]", "--dataset_test_split", "train[6:]")
+    metrics = train(tiny_model, file, tmp_path / "lora", "--max_steps", 2, *splits)
+    adapter = [tmp_path / "lora/adapter"]
+    _, lora = evaluate(tiny_model, adapter, file, tmp_path / "report", *splits[2:])
+    assert (lora["loss"], lora["rows"]) == (metrics["eval_loss"], 4)
+    train(tiny_model, file, tmp_path / "all", "--max_steps", 2)
+    for split in ((), splits[2:]):
+        with pytest.raises(SystemExit, match="all/adapter was trained on these rows"):
+            evaluate(tiny_model, [tmp_path / "all/adapter"], file, tmp_path / "report", *split)
+
+
+def test_attention_and_padding_are_those_of_the_training(tiny_model, uneven, tmp_path):
+    options = ("--attn_implementation", "eager", "--pad_to_multiple_of", 16, "--max_steps", 3, *HELD_OUT)
+    metrics = train(tiny_model, uneven, tmp_path / "lora", *options)
+    _, lora = evaluate(tiny_model, [tmp_path / "lora/adapter"], uneven, tmp_path / "report")
+    assert lora["loss"] == metrics["eval_loss"] and lora["precision"] == "float32 eager"
+
+
+def test_the_base_is_measured_in_the_precision_of_each_run_whatever_the_order(tiny_model, uneven, tmp_path):
+    for name, options in (("one", ()), ("two", ("--bf16", "true"))):
+        train(tiny_model, uneven, tmp_path / name, "--max_steps", 2, "--use_cpu", "true", *options, *HELD_OUT)
+    folders, found = [tmp_path / name / "adapter" for name in ("one", "two")], []
+    for order in (folders, folders[::-1]):
+        models = evaluate(tiny_model, order, uneven, tmp_path / "report", "--prompts", "a")
+        assert [model["name"] for model in models][::2] == ["base", "base"]
+        found.append({model["precision"]: model["loss"] for model in models if model["name"] == "base"})
+    assert found[0] == found[1] and len(set(found[0].values())) == 2
+    assert (tmp_path / "report/evaluation.md").read_text().count("| base |") == 2
+
+
+def test_all_tokens_of_messages_are_called_so(tiny_model, tmp_path):
+    data = write_both(tmp_path / "rows", [{"messages": say("what color", "red\n- sky")}] * 4)
+    train(tiny_model, data, tmp_path / "lora", "--completion_only_loss", "true", "--max_steps", 1, *HELD_OUT)
+    _, lora = evaluate(tiny_model, [tmp_path / "lora/adapter"], data, tmp_path / "report")
+    assert lora["measured"] == "all tokens"
+    assert "- **the data set**: red - sky\n" in (tmp_path / "report/evaluation.md").read_text()
 
 
 def test_what_a_merge_by_hand_was_trained_on_is_measured(tiny_model, tmp_path, capsys):
@@ -436,9 +499,41 @@ READ = {
         {"messages": say("q", "a")},
     ),
     '{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}': (
-        "messages become messages",
+        "read as messages, with roles, texts and arguments as chat templates know them",
         {"messages": say("q", "a")},
     ),
+    '{"messages": [{"role": "Human", "content": "q"}, {"role": "model", "content": "a"}], "parallel": true}': (
+        "read as messages, with roles, texts and arguments as chat templates know them. Left out: parallel",
+        {"messages": say("q", "a")},
+    ),
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q "}, {"type": "text", "text": "r"}]},'
+    ' {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "system": "s"}': (
+        "read as messages, system, with roles",
+        {"messages": say("q r", "a", system="s")},
+    ),
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": ['
+    '{"function": {"name": "f", "arguments": "{\\"x\\": 1}"}},'
+    '{"function": {"name": "g", "arguments": {"y": "z"}}}]}]}': (
+        "read as messages, with",
+        {
+            "messages": [
+                *say("q"),
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {"function": {"name": "f", "arguments": {"x": 1}}},
+                        {"function": {"name": "g", "arguments": {"y": "z"}}},
+                    ],
+                },
+            ]
+        },
+    ),
+    '{"system": "s", "prompt": "q", "completion": "a", "input": "x"}': (
+        "read as system, prompt and completion: they become messages. Left out: input",
+        {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
+    ),
+    '{"text": "q a", "source": "x"}': ("Left out: source", {"text": "q a"}),
     '{"conversations": [{"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "id": 1}': (
         "read as ShareGPT: conversations become messages. Left out: id",
         {"messages": say("q", "a", system="s")},
@@ -477,6 +572,28 @@ def test_common_forms_of_rows_are_read_and_said(row, tmp_path, capsys):
     call("chain/read_rows.py", "--dataset_name", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out")
     assert said in (out := capsys.readouterr().out) and (said or "read as" not in out)
     assert [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()] == [expected] * 3
+
+
+def test_cells_of_a_csv_file_are_the_words_that_stand_there(tmp_path):
+    cells = ["00501", "1.10", "true", "2024-01-01", "None", "NA"]
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"q,{cell}\n" for cell in cells))
+    call("chain/read_rows.py", "--dataset_name", tmp_path / "rows.csv", "--output_dir", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == cells
+
+
+@pytest.mark.parametrize("answer", ["2.5", "true", '"2024-01-01"', '["red"]', '{"text": "red"}'])
+def test_an_answer_that_is_no_text_is_refused_and_not_made_one(answer, tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "q", "answer": {answer}}}\n' * 2)
+    command = ["--dataset_name", "rows.jsonl", "--output_dir", "out"]
+    said = "in answer is no text. Put it in quotes, or a word beside it."
+    check_refusal("chain/read_rows.py", command, said, tmp_path, monkeypatch, capsys)
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "q", "completion": {answer}}}\n' * 2)
+    if not answer.startswith("["):  # which may be messages
+        for script in ("02_train_lora.py", "03_train_full.py"):
+            command = ["--model_name_or_path", str(tiny_model), "--dataset_name", "rows.jsonl", "--output_dir", "out"]
+            said = ": no words as text, messages, or prompt and completion."
+            check_refusal(script, command, said, tmp_path, monkeypatch, capsys)
 
 
 OTHERS = {

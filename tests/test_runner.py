@@ -215,6 +215,7 @@ def test_a_second_one_is_refused_and_a_dead_one_holds_nothing(script, tmp_path):
     wait = script("import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)")
     first = Process(RUNNER, ("out", "--", wait), tmp_path)
     while not (tmp_path / "begun").exists():
+        assert Path(f"/proc/{first.number}/stat").read_text().split()[2] != "Z"
         time.sleep(0.01)
     args = ("out", "--", script("", "other.py"))
     assert f"process {first.number} is writing to out. Wait for its end" in error(step(tmp_path, *args))

@@ -339,7 +339,10 @@ BAD_TRAINING = {
     ),
     "all weights": (["--use_peft", "false"], "all weights: 03_train_full.py"),
     "an adapter": (["--model_name_or_path", "adapter"], "an adapter first: 04_merge_adapter.py"),
-    "columns": (["--dataset_name", "columns.jsonl"], "has the columns ['question'], not text, messages, or prompt"),
+    "columns": (
+        ["--dataset_name", "columns.jsonl"],
+        "has {'question': Value('string')}: no words as text, messages, or prompt",
+    ),
 }
 
 

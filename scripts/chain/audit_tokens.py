@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from folders import fail, write_json
-from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, look_at_rows, read_tools
+from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, list_turns, look_at_rows, read_tools
 from read_rows import refuse_other_rows
 from records import load_script
 
@@ -37,18 +37,18 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 MANY = 0.1  # share of the rows: with more of them a fault stops the training
 # What may be wrong with tokens, and what to do.
 TWICE = (
-    "have {} twice, with nothing between: take one out of the rows or of the chat template; a text that ends with it "
+    "have {} twice, with nothing between: take one out of the rows, the chat template, or what the tokenizer adds; a "
 )
-TWICE += "has no blank after it"
+TWICE += "text that ends with it has no blank after it"
 NO_BOS = (
     "lack the BOS that the tokenizer adds to texts: let the chat template begin with it, if the model was trained so"
 )
 NO_EOS = "have no {} in the labels, and the model would not learn to stop: mend them or the chat template{}"
 NO_LOSS = "have no token to learn from within --max_length {}: give a larger one"
-CUT = "lose their end and its EOS to --max_length {}: --max_length {} keeps 99 % of the rows whole"
+CUT = "lose their end and its EOS to --max_length {}: {}"
 CUT_TEXT = CUT + ", and --packing true --packing_strategy bfd_split learns all parts of long ones"
-PROMPT = "are asked with other tokens than those before their answer in the training: let the chat template write both "
-PROMPT += "alike, without a blank at the end of the prompt"
+PROMPT = "are asked with other tokens than those before their answer in the training: take a blank off the end of the "
+PROMPT += "prompt, and let the chat template write both alike"
 WARNED = {ENDS_ASKING, FOREIGN, NO_BOS, PROMPT}  # these never stop a training, and CUT_TEXT
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -58,6 +58,8 @@ REFUSED = {
     "dataloader_persistent_workers": "a run that is gone on with would draw other dropout masks",
     "ignore_data_skip": "an interrupted run would see other rows than one that was not",
     "dataloader_drop_last": "held-out rows would be left out of their loss",
+    "dataset_config": "other rows would be learned. Name a folder or a file of these",
+    "dataset_streaming": "rows are counted and held out here",
     "push_to_hub": "the training uploads nothing. Afterwards: push_model.py --help (make push)",
     "hub_token": "every user of this machine could read it there. Put HF_TOKEN=<token> into .env instead",
 }
@@ -89,7 +91,7 @@ def read_options() -> tuple[Arguments, ModelConfig, SFTConfig]:
     if args.weight_decay < 0:
         fail(f"--weight_decay is {args.weight_decay}: weights would grow. Give 0 or more.")
     for name, reason in REFUSED.items():
-        if getattr(args, name):
+        if (vars(script_args) | vars(args))[name]:
             fail(f"--{name} is refused: {reason}. Leave it out.")
     if (file := args.chat_template_path) and not (Path(file).is_file() and file.endswith((".jinja", ".j2"))):
         fail(f"--chat_template_path {file} is no .jinja file. Give one, such as the chat_template.jinja of a model.")
@@ -120,11 +122,12 @@ def tokenize_rows(rows: Dataset, held_out: Dataset | None, tokenizer, args: SFTC
     try:
         return SFTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
     except Exception:
-        for number, row in enumerate(rows, 1):
-            check_row(number, row, tokenizer)
+        for name, part in (("row", rows), ("held-out row", held_out or [])):
+            for number, row in enumerate(part, 1):
+                check_row(f"{name} {number}", row, tokenizer)
         if args.assistant_only_loss and "{% generation" not in str(tokenizer.chat_template):
             reason = "--assistant_only_loss, and the chat template does not mark the answers with {% generation %}"
-            fail(f"{reason}. Give one that does, --chat_template_path FILE (docs/tutorial.md has one).")
+            fail(f"{reason}. Give one that does, --chat_template_path FILE (docs/tutorial.md has one for ChatML).")
         raise
 
 
@@ -143,15 +146,20 @@ def find_part(args: SFTConfig) -> slice:
     return slice(-longest, None) if keep_end else slice(longest)
 
 
-def look_at_tokens(rows: Dataset, tokenizer, args: SFTConfig, ends: set[int]) -> tuple[dict, dict[str, list[int]]]:
-    """Counts over tokenized rows that are not cut yet; what is wrong with them as they are cut, and their numbers."""
+def look_at_tokens(
+    rows: Dataset, tokenizer, args: SFTConfig, ends: set[int], places: int | None = None
+) -> tuple[dict, dict[str, list[int]]]:
+    """Counts over tokenized rows that are not cut yet; what is wrong with them as they are cut, and their numbers.
+    places: the most tokens that the model takes."""
     bos, eos, part, longest = tokenizer.bos_token_id, tokenizer.eos_token_id, find_part(args), args.max_length
     adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     is_blank = functools.cache(lambda token: not tokenizer.decode([token]).strip())
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - {bos}
     lengths = sorted(map(len, rows["input_ids"]))
     enough = lengths[math.ceil(0.99 * len(lengths)) - 1]
-    cut_end = (CUT_TEXT if args.dataset_text_field in rows.column_names else CUT).format(longest, enough)
+    whole = f"--max_length {enough} keeps 99 % of the rows whole"
+    whole = whole if enough <= (places or enough) else f"the model has places for {places}: make them shorter"
+    cut_end = (CUT_TEXT if args.dataset_text_field in rows.column_names else CUT).format(longest, whole)
     problems, last_tokens, kept, learned, cut, ended = defaultdict(list), Counter(), 0, 0, 0, 0
     for number, row in enumerate(rows, 1):
         ids, labels = row["input_ids"], row["labels"]
@@ -194,25 +202,34 @@ def look_at_tokens(rows: Dataset, tokenizer, args: SFTConfig, ends: set[int]) ->
 
 
 def look_at_prompts(rows: Dataset, tokenized: Dataset, tokenizer, most: int = 1000) -> list[int]:
-    """Numbers of the first rows whose prompt, as it is asked, is not the beginning of the row as it is learned."""
+    """Numbers of the first rows whose last answer is asked for with other tokens than stand before it in the row."""
     numbers = []
     for number, row in enumerate(rows.select(range(min(most, len(rows)))), 1):
-        if isinstance(row["prompt"], str):
+        asked, rest, words = [], "", ""
+        if turns := list_turns(row):
+            last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+            write = functools.partial(tokenizer.apply_chat_template, tools=read_tools(row), return_dict=False)
+            with contextlib.suppress(Exception):  # a template may not take a conversation that is cut
+                before, prompt = (write(turns[:last], tokenize=False, add_generation_prompt=ask) for ask in (0, 1))
+                if before == prompt and isinstance(turns[last]["content"], str):  # the answer begins with no name
+                    words = turns[last]["content"].strip()[:9]
+                    rest = write(turns[: last + 1], tokenize=False)[len(before) :].lstrip()
+                asked = write(turns[:last], add_generation_prompt=True)
+        elif "prompt" in row:
             asked = tokenizer(row["prompt"]).input_ids
-        else:
-            options = {"add_generation_prompt": True, "return_dict": False}
-            asked = tokenizer.apply_chat_template(row["prompt"], tools=read_tools(row), **options)
-        if tokenized[number - 1]["input_ids"][: len(asked)] != asked:
+        if tokenized[number - 1]["input_ids"][: len(asked)] != asked or not rest.startswith(words):
             numbers.append(number)
     return numbers
 
 
-def report_problems(problems: dict[str, list[int]], rows: int) -> None:
-    """Warns of what is wrong with few rows; stops where it is with many, or where no row keeps its end."""
+def report_problems(problems: dict[str, list[int]], rows: int, kind: str = "") -> None:
+    """Warns of what is wrong with few rows, or with held-out ones; stops where it is with many, or where no row keeps
+    its end."""
     wrong = []
     for what, bad in problems.items():
-        line = f"{len(bad)} of {rows} rows {what} (first: row {bad[0]})"
+        line = f"{len(bad)} of {rows} {kind}rows {what} (first: {kind}row {bad[0]})"
         most = rows if what in WARNED or "bfd_split" in what else rows - 1 if "--max_length" in what else MANY * rows
+        most = rows if kind else most
         if len(bad) > most:
             wrong.append(line)
         else:
@@ -228,7 +245,7 @@ def check_model(trainer: SFTTrainer, name: str, text, args: SFTConfig) -> None:
     if places and min(longest, args.max_length or longest) > places > 0:
         fail(f"a row has {longest} tokens, and {name!r} places for {places}. Give --max_length {places}")
     for rows in (trainer.train_dataset, trainer.eval_dataset):
-        if rows and max(map(max, rows["input_ids"])) >= vocabulary:
+        if rows and max(max(ids, default=0) for ids in rows["input_ids"]) >= vocabulary:
             fail(f"the tokenizer of {name!r} has tokens that the model has no embedding of. Give it its own tokenizer.")
     if (tokenizer := trainer.processing_class).pad_token_id >= vocabulary:
         advice = f"Add: --pad_token '{tokenizer.eos_token}'"
@@ -266,7 +283,14 @@ def main() -> None:
     rows, held_out = (each and training.load_rows(data, each, tokenizer, args) for each in splits)
     if args.eos_token in tokenizer.get_vocab():
         ends.add(tokenizer.convert_tokens_to_ids(args.eos_token))
-    problems = look_at_rows(rows, tokenizer, set(map(tokenizer.decode, ends)), args.assistant_only_loss)
+    if args.completion_only_loss and "prompt" not in rows.column_names:
+        fail(
+            "--completion_only_loss, and the rows have no prompt. Leave it out; of messages: --assistant_only_loss true"
+        )
+    words = set(map(tokenizer.decode, ends))
+    problems, held_out_problems = (
+        look_at_rows(each or [], tokenizer, words, args.assistant_only_loss) for each in (rows, held_out)
+    )
 
     # Nothing is cut, packed, evaluated or computed here
     asked = argparse.Namespace(**vars(args))
@@ -275,7 +299,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as args.output_dir:
         trainer = tokenize_rows(rows, held_out, tokenizer, args)
         check_model(trainer, name, config, asked)
-        report, of_tokens = look_at_tokens(trainer.train_dataset, tokenizer, asked, ends)
+        places = getattr(config, "max_position_embeddings", None)
+        report, of_tokens = look_at_tokens(trainer.train_dataset, tokenizer, asked, ends, places)
+        if held_out:
+            held_out_problems |= look_at_tokens(trainer.eval_dataset, tokenizer, asked, ends, places)[1]
         padding = measure_padding(trainer, find_part(asked))
     report |= {"max_length": max_length, "batch_size": args.per_device_train_batch_size, "padding_share": padding}
     for key, value in report.items():
@@ -288,10 +315,11 @@ def main() -> None:
             "note: the chat template writes today's date. Tomorrow the same rows have other tokens, for a training that"
         )
         print("goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
-    if "prompt" in rows.column_names and (differ := look_at_prompts(rows, trainer.train_dataset, tokenizer)):
+    if differ := look_at_prompts(rows, trainer.train_dataset, tokenizer):
         problems[PROMPT] = differ
     if any("in the labels" in what for what in of_tokens):  # which says what to do
         problems.pop(NO_END, None)
+    report_problems(held_out_problems, len(held_out or []), "held-out ")
     report_problems(problems | of_tokens, len(rows))
     if script_args.output:
         write_json(Path(script_args.output), report)

@@ -25,7 +25,16 @@ from records import load_script
 # What gives tokens, labels, batches and precision.
 OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field")
 OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "seed", "data_seed", "tf32")
-OPTIONS += ("token_metrics", "loss_type", "label_smoothing_factor", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
+OPTIONS += (
+    "pad_to_multiple_of",
+    "token_metrics",
+    "loss_type",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "bf16_full_eval",
+    "fp16_full_eval",
+)
 
 
 def count(text: str) -> int:
@@ -82,7 +91,7 @@ def check_training_rows(models: list[str], data: str, split: str) -> None:
         run = find_run(model)
         trained_on = run and find_data(run)["train"]["sha256"]
         named = run and (run["dataset"]["name"], run["arguments"]["dataset_train_split"])
-        if named == (data, split) or (trained_on and trained_on == sums.get(split)):
+        if named in ((data, split), (data, split.split("[")[0])) or (trained_on and trained_on == sums.get(split)):
             fail(f"{model} was trained on these rows of {data}. Give rows that it has not seen.")
         if trained_on and Path(data).is_dir() and trained_on != sums.get("train", trained_on):
             fail(f"{model} was trained on other rows than those of {data}. Train again: make train-lora")
@@ -116,21 +125,31 @@ def read_options(run: dict, args: argparse.Namespace, folder: str) -> training.C
     return training.Config(folder, report_to=[], eval_packing=False, use_cpu=cpu, **options)
 
 
-def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: list[dict], max_new_tokens: int) -> dict:
+def measure(
+    model,
+    tokenizer,
+    rows: Dataset,
+    config: training.Config,
+    prompts: list[dict],
+    max_new_tokens: int,
+    attention: str | None = None,
+) -> dict:
     """Held-out loss, what it was measured on, and greedy answers, each alone as of 05_generate.py: in a batch rounding
     is another."""
     greedy, raw, answers = {"max_new_tokens": max_new_tokens, "do_sample": False}, not tokenizer.chat_template, []
     for each in prompts:
         answers += generation.generate(model, tokenizer, [each["prompt"]], raw, each["tools"], **greedy)
+    if attention:  # the answers are those of 05_generate.py, the loss is that of the training
+        model.set_attn_implementation(attention)
     trainer = training.TokenLossTrainer(
         model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
-    rows = trainer.eval_dataset
+    columns, rows = rows.column_names, trainer.eval_dataset
     trainer.eval_tokens = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
     if not trainer.eval_tokens:
         fail(f"no row has a token with loss within --max_length {config.max_length}. Give a larger one.")
     loss = trainer.evaluate()["eval_loss"]
-    kind = "completions" if trainer.completion_only_loss else "all tokens"
+    kind = "completions" if trainer.completion_only_loss and "prompt" in columns else "all tokens"
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
@@ -142,10 +161,15 @@ def measure(model, tokenizer, rows: Dataset, config: training.Config, prompts: l
     }
 
 
+def join_words(text) -> str:
+    """A text in one line."""
+    return " ".join(str(text).split())
+
+
 def format_report(report: dict) -> str:
     """The report as Markdown: a table of losses for each set of tokens, then each prompt with the answers."""
     lines = ["# Evaluation"]
-    for _, group in groupby(report["models"], lambda model: (model["tokens_sha256"], model["dtype"])):
+    for _, group in groupby(report["models"], lambda model: (model["tokens_sha256"], model["precision"])):
         base, *others = group
         lines += ["", "{rows} held-out rows of {0}, {tokens} tokens: {measured}.".format(report["dataset"], **base)]
         lines += ["", "| model | loss | against base | perplexity |", "| --- | --- | --- | --- |"]
@@ -161,13 +185,13 @@ def format_report(report: dict) -> str:
         *before, last = each["prompt"] if isinstance(each["prompt"], list) else [{"content": each["prompt"]}]
         lines += [
             "",
-            f"## {last['content']}",
+            f"## {join_words(last['content'])}",
             "",
-            *(f"- {message['role']}: {message['content']}" for message in before),
+            *(f"- {message['role']}: {join_words(message['content'])}" for message in before),
         ]
         if each["reference"]:
-            lines.append(f"- **the data set**: {each['reference']}")
-        lines += [f"- **{model['name']}**: {' '.join(model['answers'][number].split())}" for model in report["models"]]
+            lines.append(f"- **the data set**: {join_words(each['reference'])}")
+        lines += [f"- **{model['name']}**: {join_words(model['answers'][number])}" for model in report["models"]]
     return "\n".join(lines) + "\n"
 
 
@@ -176,12 +200,14 @@ def main() -> None:
     data = Path(args.dataset_name)
     if args.dataset_test_split == "validation" and any(data.glob("train.*")) and not any(data.glob("validation.*")):
         fail(f"{data} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=...")
-    check_training_rows(args.models, args.dataset_name, args.dataset_test_split)
-    split = "train" if data.is_file() else args.dataset_test_split  # a file is that alone
+    split = args.dataset_test_split
+    split = "train" if data.is_file() and split == "validation" else split  # a file is that alone
+    check_training_rows(args.models, args.dataset_name, split)
     prompts = [{"prompt": prompt, "reference": None, "tools": None} for prompt in args.prompts]
     groups, notes = {}, []
     for path in args.models or [args.base_model]:
         run = find_run(path)
+        attention = run.get("arguments", {}).get("attn_implementation")
         if not run.get("arguments") and path != args.base_model:
             print(f"{path} has no record of its training: it is measured with the options of 02_train_lora.py")
         dtype = args.dtype or run.get("arguments", {}).get("dtype", "float32")
@@ -190,17 +216,20 @@ def main() -> None:
             config = read_options(run, args, folder)
             rows = training.load_rows(args.dataset_name, split, tokenizer, config)
             prompts = prompts or choose_prompts(rows)
-            result = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-            new, group = [], groups.setdefault((result["tokens_sha256"], dtype), [])
+            result = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens, attention)
+            flags = [flag for flag in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval") if getattr(config, flag)]
+            precision = " ".join([dtype, *flags, *filter(None, [attention])])
+            new, group = [], groups.setdefault((result["tokens_sha256"], precision), [])
             if not group and path != args.base_model:
                 del model  # before the next one is loaded
                 model, _ = generation.load_model(args.base_model, None, dtype)
-                base = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens)
-                new.append({"name": "base", "path": args.base_model, "dtype": dtype} | base)
+                base = measure(model, tokenizer, rows, config, prompts, args.max_new_tokens, attention)
+                new.append({"name": "base", "path": args.base_model, "precision": precision} | base)
         del model
         folder = Path(path).resolve()
         name = folder.parent.name if folder.name in ("adapter", "model") else path
-        new.append({"name": name if path != args.base_model else "base", "path": path, "dtype": dtype} | result)
+        name = name if path != args.base_model else "base"
+        new.append({"name": name, "path": path, "precision": precision} | result)
         if (record := read_record(Path(path).parent)).get("quantization"):
             new[-1]["loss_quantized"] = record["metrics"].get("eval_loss")
         group += new

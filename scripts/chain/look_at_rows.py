@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 from folders import fail
+from read_rows import join_parts
 
 EMPTY = "have an empty question or answer: leave them out"
 NO_ANSWER = "have no answer of an assistant: leave them out"
@@ -15,14 +16,25 @@ FORMATTED = (
 )
 FORMATTED += "and answer in one column, text"
 FOREIGN = "hold the end of another model's turns, which is mere text for this one: take it out, or give its own end"
-LEFT_OUT = "have {}, which the chat template leaves out: give one that writes them, --chat_template_path FILE"
+LEFT_OUT = "have {}, which the chat template leaves out: leave them out too, or give a template that writes them, "
+LEFT_OUT += "--chat_template_path FILE"
+PARTS = (
+    "have content in parts, which the chat template does not write as text: make one text of them, as make download "
+)
+PARTS += "does"
+ENCODED = (
+    "have tool calls whose arguments are JSON in a text, which the chat template encodes once more: give objects, as "
+)
+ENCODED += "make download does"
 NO_END = (
     "are written without an end after the last answer, and the model would not learn to stop: mend the chat template"
 )
-# What other formats write. The ends are tokens there.
-MARKS = {"[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "### Instruction:"}
-ENDS = {"</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>"}
-ASKING = {"user", "system", "developer", "tool"}  # roles; a template may take any other for the assistant's
+# What other formats begin with, and what their turns end with.
+STARTS = ("[INST]", "<s>[INST]", "<s> [INST]", "<<SYS>>", "<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>")
+STARTS += ("<start_of_turn>", "<bos><start_of_turn>", "<|user|>", "<|system|>", "<|prompter|>", "<｜User｜>")
+STARTS += ("<｜begin▁of▁sentence｜>", "### Instruction:", "### Human:", "USER: ")
+ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "<|end_of_text|>", "<eos>")
+ENDS += ("<｜end▁of▁sentence｜>",)
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 
 
@@ -34,7 +46,7 @@ def list_turns(row: dict) -> list[dict]:
 
 def is_empty(turn: dict) -> bool:
     """Whether a message has neither words nor calls nor reasoning."""
-    content = turn.get("content")
+    content = join_parts(turn.get("content"))
     said = content.strip() if isinstance(content, str) else content
     return not (said or any(turn[key] for key in turn.keys() - {"role", "content"}))
 
@@ -44,12 +56,12 @@ def read_tools(row: dict) -> list | None:
     return (json.loads(tools) if isinstance(tools, str) else tools) or None
 
 
-def check_row(number: int, row: dict, tokenizer) -> None:
+def check_row(name: str, row: dict, tokenizer) -> None:
     """Stops at a row that the chat template does not take."""
     if not (turns := list_turns(row)):
         return
     if not tokenizer.chat_template:
-        fail(f"row {number} has messages, and the tokenizer no chat template. Give one: --chat_template_path FILE")
+        fail(f"{name} has messages, and the tokenizer no chat template. Give one: --chat_template_path FILE")
     try:
         tokenizer.apply_chat_template(turns, tools=read_tools(row), tokenize=False)
     except Exception as error:  # a template may raise anything
@@ -57,7 +69,10 @@ def check_row(number: int, row: dict, tokenizer) -> None:
         mend = "Mend it or the template"
         if any(turn.get("content") is None for turn in turns):
             mend = 'Give it "content": "" instead of null, or another template'
-        fail(f"row {number}: the chat template does not take it{calls}: {error}. {mend}.")
+        elif any(isinstance(turn.get("content"), list) for turn in turns):
+            mend = "Make one text of content in parts, as make download does, or give another template"
+        roles, reason = ", ".join(str(turn.get("role")) for turn in turns), str(error).rstrip(".")
+        fail(f"{name} ({roles}): the chat template does not take it{calls}: {reason}. {mend}.")
 
 
 def list_marks(tokenizer) -> set[str]:
@@ -68,7 +83,7 @@ def list_marks(tokenizer) -> set[str]:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     parts = {part.strip() for part in text.split("QUESTION")}
     marks = {mark for mark in parts if len(mark) > 2 and re.search(r"[^\w\s:.,]", mark)}  # no mere words
-    return marks | {mark for mark in special if mark in text} | {tokenizer.eos_token} | MARKS
+    return marks | {mark for mark in special if mark in text} | {tokenizer.eos_token} | (set(ENDS) & {*special})
 
 
 def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[str]) -> set[str]:
@@ -93,6 +108,8 @@ def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[st
             *thought, _ = content.rpartition("</think>")
             thought = f"<think>\n{put('reasoning')}\n</think>\n\n" if any(thought) and place == last else ""
             new["content"] = thought + (answer := put(f"messages of the {turn.get('role')}"))
+        elif isinstance(content, list):
+            new["content"] = [part | {"text": (answer := put(PARTS))} for part in content]
         if turn.get("tool_calls"):
             new["tool_calls"] = [name(call, "tool calls") for call in turn["tool_calls"]]
             answer = [*words][-1]
@@ -104,7 +121,9 @@ def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[st
         text = tokenizer.apply_chat_template(marked, tools=tools, tokenize=False)
     except Exception:  # check_row says so where the row itself is not taken
         return set()
-    found = {LEFT_OUT.format(what) for word, what in words.items() if word not in text}
+    found = {what if what == PARTS else LEFT_OUT.format(what) for word, what in words.items() if word not in text}
+    found |= {PARTS} if "'type': 'text'" in text else set()
+    found |= {ENCODED} if '"{\\"' in text else set()
     if last is not None and answer_word in text:
         after = re.split(r"Q\d+WORD", text.partition(answer_word)[2])[0]
         found |= set() if any(end in after for end in ends) else {NO_END}
@@ -115,35 +134,43 @@ def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[
     """What is wrong, and the numbers of the rows, from 1. ends: tokens at which the model stops."""
     problems, shapes = defaultdict(list), {}
     marks, vocabulary = list_marks(tokenizer) if tokenizer.chat_template else set(), tokenizer.get_vocab()
-    foreign = {end for end in ENDS if end not in vocabulary}
+    marks |= {end for end in ends if end.strip()}
+    foreign = tuple(end for end in ENDS if end not in vocabulary)
     for number, row in enumerate(rows, 1):
         turns = list_turns(row)
-        texts = [str(turn.get("content") or "").strip() for turn in turns] or [str(each or "") for each in row.values()]
-        if any(end in text for text in texts for end in foreign):
+        texts = [turn.get("content") for turn in turns] or [*row.values()]
+        texts = [str(join_parts(text) or "").strip() for text in texts]
+        if any(text.endswith(foreign) for text in texts):
             problems[FOREIGN].append(number)
         if not turns:
             if "completion" in row and not (row["completion"] or "").strip():
                 problems[EMPTY].append(number)
             continue
         for turn in turns:
-            parts = turn["content"] if isinstance(turn.get("content"), list) else []
+            content = turn.get("content")
+            if content is not None and not isinstance(content, str | list):  # such as a date, read from words
+                fail(
+                    f"row {number} has {content!r} as content, which is no text. Put it in quotes, or a word beside it."
+                )
+            parts = content if isinstance(content, list) else []
             if kinds := {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}:
                 fail(f"row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
         roles = [turn.get("role") for turn in turns]
         if assistant_only and "assistant" not in roles:
             fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
-        if {*roles} <= ASKING:
+        if "assistant" not in roles:
             problems[NO_ANSWER].append(number)
         elif roles[-1] == "user":
             problems[ENDS_ASKING].append(number)
         if any(is_empty(turn) for turn in turns if turn.get("role") in ("user", "assistant")):
             problems[EMPTY].append(number)
-        if any(mark in text for text in texts for mark in marks):
+        asked = [text for text, role in zip(texts, roles, strict=True) if role != "assistant"]
+        if any(text.startswith(STARTS) for text in asked) or any(mark in text for text in texts for mark in marks):
             problems[FORMATTED].append(number)
         # What a template leaves out is a matter of which parts there are
         with contextlib.suppress(ValueError, TypeError, KeyError):  # of tools that are none: the tokenizing says so
             tools = read_tools(row)
-            parts = [[key for key in turn if turn[key]] for turn in turns]
+            parts = [[(key, type(turn[key])) for key in turn if turn[key]] for turn in turns]
             calls = [(len(turn.get("tool_calls") or ()), "</think>" in str(turn.get("content"))) for turn in turns]
             shape = str((roles, parts, calls, bool(tools)))
             if shape not in shapes:

@@ -6,6 +6,8 @@ Takes the options of 01_download.py, and reads and writes what it does with --on
 prompt and completion it reads ShareGPT's conversations and pairs of columns such as question and answer, and says how.
 """
 
+import contextlib
+import json
 import sys
 
 from folders import fail
@@ -16,6 +18,7 @@ PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "a
 # Roles by the names that chat templates know.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "developer")}
 # Rows that are for something else, by their columns.
 OTHER = {
     ("chosen", "rejected"): "of preferences, as DPO learns from. To learn what was chosen: name it completion, "
@@ -37,49 +40,85 @@ def refuse_other_rows(name: str, columns: list[str]) -> None:
             fail(f"{name!r} has the columns {columns}: rows {what}.")
 
 
-def to_message(turn: dict) -> dict:
-    """A message with role and content, of one with from and value."""
-    role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    role = str(role).lower()
-    return rest | {"role": ROLES.get(role, role), "content": content}
+def join_parts(content):
+    """The text of content that is given in parts; what is no text, or has other parts than texts, as it is."""
+    parts = content if isinstance(content, list) else [None]
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return content
+    return "".join(part["text"] or "" for part in parts)
 
 
-def join(*parts) -> str:
-    return "\n\n".join(str(part) for part in parts if part not in (None, ""))
+def read_arguments(call: dict) -> dict:
+    """A tool call whose arguments are an object, also where they are JSON in a text, as OpenAI has them."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # no such text
+        if isinstance(arguments := json.loads(call["function"]["arguments"]), dict):
+            return call | {"function": call["function"] | {"arguments": arguments}}
+    return call
+
+
+def to_message(turn):
+    """A message with role and content as chat templates know them, also of one with from and value."""
+    if not isinstance(turn, dict):
+        return turn
+    new = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
+    if new.get("role"):
+        new["role"] = ROLES.get(str(new["role"]).lower(), new["role"])
+    if new.get("content"):
+        new["content"] = join_parts(new["content"])
+    if turn.get("tool_calls"):
+        new["tool_calls"] = [read_arguments(call) for call in turn["tool_calls"]]
+    return new
 
 
 def convert_rows(name: str, rows):
     """Rows with messages, or prompt and completion, where they have them in another form; else as they are."""
     refuse_other_rows(name, rows.column_names)
     columns = set(rows.column_names)
-    source = next((each for each in ("messages", "conversations") if isinstance(rows[0].get(each), list)), None)
     pair = next((pair for pair in PAIRS if columns >= set(pair)), None)
+    form = next((form for form in (("prompt", "completion"), ("messages",)) if columns >= set(form)), ())
 
-    def put_system_first(row: dict, *turns: dict) -> list[dict]:
+    def join(row: dict, keys: list[str]) -> str:
+        for key in keys:
+            if isinstance(row[key], bool) or not isinstance(row[key], str | int | None):
+                fail(f"{name!r}: {row[key]!r} in {key} is no text. Put it in quotes, or a word beside it.")
+        return "\n\n".join(str(row[key]) for key in keys if row[key] not in (None, ""))
+
+    def put_system_first(row: dict, turns: list[dict]) -> list[dict]:
         return [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]
 
     def to_chat(row: dict) -> dict:
-        return {"messages": put_system_first(row, *map(to_message, row[source]))}
+        return {"messages": put_system_first(row, map(to_message, row["conversations"]))}
 
     def to_pair(row: dict) -> dict:
-        prompt, answer = join(*(row[key] for key in asked)), join(row[pair[1]])
+        prompt, answer = join(row, asked), join(row, pair[1:])
         if "system" not in columns:
             return {"prompt": prompt, "completion": answer}
-        prompt = put_system_first(row, {"role": "user", "content": prompt})
+        prompt = put_system_first(row, [{"role": "user", "content": prompt}])
         return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
 
-    if source == "conversations" or (source and any("from" in turn for turn in rows[0][source])):
-        convert, used, said = to_chat, {source, "system"}, f"ShareGPT: {source} become messages"
-    elif source or pair is None or columns >= {"prompt", "completion"}:
-        return rows
-    else:
-        asked = [pair[0], *(key for key in ("input", "context") if key in columns - set(pair))]
+    def to_form(row: dict) -> dict:
+        new = {key: [*map(to_message, row[key])] if isinstance(row[key], list) else row[key] for key in form}
+        return new | ({form[0]: put_system_first(row, new[form[0]])} if isinstance(new[form[0]], list) else {})
+
+    said, asked = "", [*pair[:1], *(key for key in ("input", "context") if key in columns - {*pair})] if pair else []
+    if isinstance(rows[0].get("conversations"), list):
+        convert, used, said = to_chat, {"conversations", "system"}, "ShareGPT: conversations become messages"
+    elif form == ("prompt", "completion") and "system" in columns and isinstance(rows[0]["prompt"], str):
+        pair, asked, convert, used = form, ["prompt"], to_pair, {*form, "system"}
+        said = "system, prompt and completion: they become messages"
+    elif form:
+        convert, used = to_form, {*form, "system"}
+        if any(to_form(row) != {key: row[key] for key in form} for row in rows):
+            said = f"{', '.join(sorted(columns & used))}, with roles, texts and arguments as chat templates know them"
+    elif pair:
         convert, used = to_pair, {*asked, pair[1], "system"}
         said = f"{' and '.join(asked)}, and {pair[1]}: they become prompt and completion"
+    else:
+        used = {"text"} if "text" in columns else columns
     left = sorted(columns - used - {"tools"})
-    print(f"read as {said}" + (f". Left out: {', '.join(left)}" if left else ""))
-    return rows.map(convert, remove_columns=[*columns - {"tools", "messages"}])
+    if said or left:
+        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left)}"] * bool(left)))
+    return rows.map(convert, remove_columns=[*columns - {"tools", "messages"}]) if said else rows
 
 
 def main() -> None:
