@@ -468,6 +468,13 @@ def test_content_in_parts_that_the_template_does_not_write_stops_the_chain(how, 
     assert ("3 of 3 rows have content in parts, which the chat template does not write as text" in said) is wrong
 
 
+def test_content_in_parts_is_looked_at_beside_content_that_is_text(audit, model):
+    write_template(model, "{{ m['content'] }}", "{{ m['content'] }}")
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in ask("a", "red")]
+    said, report = audit([MESSAGES] * 3 + [{"messages": parts}] * 2)
+    assert report is None and "2 of 5 rows have content in parts" in said
+
+
 def test_arguments_that_the_template_encodes_once_more_stop_the_chain(audit, model):
     template = model / "chat_template.jinja"
     written = (
@@ -498,7 +505,11 @@ def test_another_end_of_the_model_inside_an_answer_stops_the_chain(audit, model)
     assert report is None and "2 of 2 rows have marks of a chat format" in said
 
 
-def test_roles_that_no_template_knows_are_rows_without_an_answer(audit):
+@pytest.mark.parametrize("writes", [True, False])
+def test_roles_that_no_template_knows_are_rows_without_an_answer(writes, audit, model):
+    if not writes:
+        text = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+        (model / "chat_template.jinja").write_text(text)
     turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "red"}]
     said, report = audit([{"messages": turns}])
     assert report is None and "1 of 1 rows have no answer of an assistant" in said

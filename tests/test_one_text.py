@@ -574,8 +574,8 @@ def test_common_forms_of_rows_are_read_and_said(row, tmp_path, capsys):
     assert [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()] == [expected] * 3
 
 
-def test_cells_of_a_csv_file_are_the_words_that_stand_there(tmp_path):
-    cells = ["00501", "1.10", "true", "2024-01-01", "None", "NA"]
+@pytest.mark.parametrize("cells", [["007", "1"], ["1.10", "2"], ["true", "FALSE"], ["2024-01-01"] * 2, ["None", "NA"]])
+def test_cells_of_a_csv_file_are_the_words_that_stand_there(cells, tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"q,{cell}\n" for cell in cells))
     call("chain/read_rows.py", "--dataset_name", tmp_path / "rows.csv", "--output_dir", tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]

@@ -25,16 +25,8 @@ from records import load_script
 # What gives tokens, labels, batches and precision.
 OPTIONS = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field")
 OPTIONS += ("per_device_eval_batch_size", "train_sampling_strategy", "shuffle_dataset", "seed", "data_seed", "tf32")
-OPTIONS += (
-    "pad_to_multiple_of",
-    "token_metrics",
-    "loss_type",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "bf16_full_eval",
-    "fp16_full_eval",
-)
+OPTIONS += ("pad_to_multiple_of", "token_metrics", "loss_type", "label_smoothing_factor")
+OPTIONS += ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 
 
 def count(text: str) -> int:
