@@ -543,7 +543,7 @@ READ = {
         {"prompt": "q\n\nc", "completion": "a"},
     ),
     '{"instruction": "q", "input": "", "output": "a", "system": "s"}': (
-        "read as instruction and input, and output",
+        "read as system and instruction and input, and output",
         {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
     ),
     '{"instruction": "q", "input": "i", "output": "a"}': (

@@ -112,7 +112,7 @@ def convert_rows(name: str, rows):
             said = f"{', '.join(sorted(columns & used))}, with roles, texts and arguments as chat templates know them"
     elif pair:
         convert, used = to_pair, {*asked, pair[1], "system"}
-        said = f"{' and '.join(asked)}, and {pair[1]}: they become prompt and completion"
+        said = " and ".join([*({"system"} & columns), *asked]) + f", and {pair[1]}: they become prompt and completion"
     else:
         used = {"text"} if "text" in columns else columns
     left = sorted(columns - used - {"tools"})
