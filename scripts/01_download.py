@@ -80,8 +80,7 @@ def convert_embedded(folder: Path) -> dict:
             sys.exit(f"error: {gguf.name} in {EMBEDDED['package']} is not the file expected (sha256). Try again.")
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # The weights are float32 now; transformers still takes the model for a quantized one and would not save it.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # the weights are float32 now, and what is taken for quantized would not be saved
     del model.config.quantization_config
     model.save_pretrained(folder)
     return EMBEDDED
@@ -154,7 +153,8 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
             except (ValueError, AttributeError) as error:
                 sys.exit(f"error: {file}, line {number} is cut off, or no JSON object: {error}. Mend that line.")
     source = {"path": str(path.parent), "data_files": {"train": path.name}} if path.is_file() else {"path": name}
-    if path.suffix == ".csv" or (path / "train.csv").is_file():  # None, NA and 007 stay words
+    kinds = {each.suffix for each in [path, *path.rglob("*")]} & {".csv", ".tsv", ".jsonl", ".parquet"}
+    if set() < kinds <= {".csv", ".tsv"}:  # None, NA and 007 stay words
         source |= {"keep_default_na": False, "converters": dict.fromkeys(range(999), str)}
     found = load_dataset(**source, revision=origin.get("revision"))
     found = {split: check_rows(name, found[split]) for split in ("train", "validation", "test") if split in found}

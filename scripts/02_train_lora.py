@@ -84,7 +84,7 @@ def load_rows(name: str, split: str, tokenizer, args: SFTConfig) -> Dataset:
     forms = (["prompt", "completion"], ["messages"], [args.dataset_text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None or not all(isinstance(rows[0][key], str | list) for key in form):  # nor a date, read from words
-        sys.exit(f"error: {name!r} has {rows.features}: no words as text, messages, or prompt and completion.")
+        sys.exit(f"error: {name!r} has {rows.features}: no words in row 1 as text, messages, or prompt and completion.")
     rows = rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
     if args.chat_template_path:  # a file: another model's template may need tokens that this one has no embedding of
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
@@ -159,8 +159,7 @@ def main() -> None:
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         callbacks=[interruption := Interruption()], peft_config=get_peft_config(model_args),
     )  # fmt: skip
-    for layer in trainer.model.modules():
-        layer.support_avx512bf16_for_cpu = False  # an evaluation would repack 4-bit weights, and they stay so
+    trainer.model.apply(lambda layer: setattr(layer, "support_avx512bf16_for_cpu", False))  # would repack 4-bit weights
     for parameter in (each for each in trainer.model.parameters() if each.requires_grad):
         parameter.data = parameter.data.float()  # TRL has bfloat16 on 4-bit weights, which rounds small updates away
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
@@ -168,7 +167,8 @@ def main() -> None:
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])
     if trainer.padding_free:  # packed rows are told apart by their positions, which not every architecture looks at
         place = torch.arange(8, device=trainer.model.device)[None] % 4
-        row, again = trainer.model.eval()(place + 5, position_ids=place, use_cache=False).logits.chunk(2, dim=1)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            row, again = trainer.model.eval()(place, position_ids=place, use_cache=False).logits.chunk(2, dim=1)
         if (row - again).abs().max() > row.std() / 20:
             sys.exit(f"error: {name!r} mixes rows that are packed. Leave --packing and --padding_free out.")
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -82,7 +82,7 @@ def load_rows(name: str, split: str, tokenizer, args: SFTConfig) -> Dataset:
     forms = (["prompt", "completion"], ["messages"], [args.dataset_text_field])
     form = next((form for form in forms if set(form) <= set(rows.column_names)), None)
     if form is None or not all(isinstance(rows[0][key], str | list) for key in form):  # nor a date, read from words
-        sys.exit(f"error: {name!r} has {rows.features}: no words as text, messages, or prompt and completion.")
+        sys.exit(f"error: {name!r} has {rows.features}: no words in row 1 as text, messages, or prompt and completion.")
     rows = rows.select_columns([*form, *({"tools"} & set(rows.column_names))])
     if args.chat_template_path:  # a file: another model's template may need tokens that this one has no embedding of
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
@@ -150,7 +150,9 @@ def main() -> None:
     weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **weights, **hub)
     if not model.generation_config.do_sample:  # beside these, which some copies of Llama-2 have, it cannot be saved
-        vars(model.generation_config).update(dict.fromkeys(("temperature", "top_p", "top_k", "min_p")))
+        vars(model.generation_config).update(
+            dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h"))
+        )
     data, splits = script_args.dataset_name, (script_args.dataset_train_split, script_args.dataset_test_split)
     rows, held_out = (split and load_rows(data, split, tokenizer, args) for split in splits)
 
@@ -165,7 +167,8 @@ def main() -> None:
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])
     if trainer.padding_free:  # packed rows are told apart by their positions, which not every architecture looks at
         place = torch.arange(8, device=trainer.model.device)[None] % 4
-        row, again = trainer.model.eval()(place + 5, position_ids=place, use_cache=False).logits.chunk(2, dim=1)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            row, again = trainer.model.eval()(place, position_ids=place, use_cache=False).logits.chunk(2, dim=1)
         if (row - again).abs().max() > row.std() / 20:
             sys.exit(f"error: {name!r} mixes rows that are packed. Leave --packing and --padding_free out.")
     for number in (signal.SIGINT, signal.SIGTERM):

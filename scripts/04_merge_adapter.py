@@ -148,7 +148,9 @@ def main() -> None:
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     if not model.generation_config.do_sample:  # beside these, which some copies of Llama-2 have, it cannot be saved
-        vars(model.generation_config).update(dict.fromkeys(("temperature", "top_p", "top_k", "min_p")))
+        vars(model.generation_config).update(
+            dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h"))
+        )
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model = PeftModel.from_pretrained(model, name).eval()
     rows = answer_prompts(model, tokenizer, args.prompts, args.max_new_tokens)

@@ -481,12 +481,18 @@ def test_arguments_that_the_template_encodes_once_more_stop_the_chain(audit, mod
         "{{ message['content'] ~ (message['tool_calls'][0]['function'] | tojson if message['tool_calls'] else '') }}"
     )
     template.write_text(template.read_text().replace("{{ ' ' + message['content'] + ' ' + eos_token }}", written + EOS))
-    for arguments, wrong in ((json.dumps({"a": 1}), True), ({"a": 1}, False)):
+    within = {"a": json.dumps({"b": 1})}  # an object, one of whose values is JSON
+    for arguments, wrong in ((json.dumps({"a": 1}), True), ({"a": 1}, False), (within, False)):
         call = {**CALL, "function": {**CALL["function"], "arguments": arguments}}
         turns = [*ask("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
         said, report = audit([{"messages": turns}] * 2)
         assert (report is None) is wrong and ("arguments are JSON in a text" in said) is wrong
         shutil.rmtree(model.parent / "rows")
+    (model.parent / "audit.json").unlink()
+    good, bad = ({"messages": [*turns[:1], {**turns[1], "tool_calls": [{"type": "function", "function": {
+        "name": "f", "arguments": arguments}}]}]} for arguments in ({"a": 1}, '{"a": 1}'))  # fmt: skip
+    said, report = audit([good] * 3 + [bad] * 2)
+    assert report is None and "2 of 5 rows have tool calls whose arguments are JSON in a text" in said
 
 
 def test_what_looks_like_a_format_inside_of_words_is_no_fault(audit):
@@ -495,7 +501,7 @@ def test_what_looks_like_a_format_inside_of_words_is_no_fault(audit):
     assert report is not None and "warning" not in said
     shutil.rmtree("rows")
     Path("audit.json").unlink()
-    said, report = audit([{"messages": ask("### Instruction: a", "red")}] * 3)
+    said, report = audit([{"messages": ask("### Instruction:\n a", "red")}] * 3)
     assert report is None and "3 of 3 rows have marks of a chat format" in said
 
 

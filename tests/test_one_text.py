@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import check_refusal, load, write_rows
+from datasets import Dataset, load_dataset
 from helpers import call, measure, read
 from peft import PeftModel
 from transformers import (
@@ -235,17 +236,25 @@ def test_a_file_is_measured_by_the_split_asked_for_and_refused_where_it_was_trai
     adapter = [tmp_path / "lora/adapter"]
     _, lora = evaluate(tiny_model, adapter, file, tmp_path / "report", *splits[2:])
     assert (lora["loss"], lora["rows"]) == (metrics["eval_loss"], 4)
+    with pytest.raises(SystemExit, match="lora/adapter was trained on these rows"):
+        evaluate(tiny_model, adapter, file, tmp_path / "report")  # of which it saw six
     train(tiny_model, file, tmp_path / "all", "--max_steps", 2)
     for split in ((), splits[2:]):
         with pytest.raises(SystemExit, match="all/adapter was trained on these rows"):
             evaluate(tiny_model, [tmp_path / "all/adapter"], file, tmp_path / "report", *split)
 
 
-def test_attention_and_padding_are_those_of_the_training(tiny_model, uneven, tmp_path):
+def test_attention_and_padding_are_those_of_the_training(tiny_model, uneven, tmp_path, capsys):
     options = ("--attn_implementation", "eager", "--pad_to_multiple_of", 16, "--max_steps", 3, *HELD_OUT)
     metrics = train(tiny_model, uneven, tmp_path / "lora", *options)
     _, lora = evaluate(tiny_model, [tmp_path / "lora/adapter"], uneven, tmp_path / "report")
     assert lora["loss"] == metrics["eval_loss"] and lora["precision"] == "float32 eager"
+    record = read(tmp_path / "lora/run.json")
+    record["arguments"]["attn_implementation"] = "flash_attention_2"
+    (tmp_path / "lora/run.json").write_text(json.dumps(record))
+    _, lora = evaluate(tiny_model, [tmp_path / "lora/adapter"], uneven, tmp_path / "report")
+    assert lora["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert "flash_attention_2, of the training, is not installed here" in capsys.readouterr().out
 
 
 def test_the_base_is_measured_in_the_precision_of_each_run_whatever_the_order(tiny_model, uneven, tmp_path):
@@ -533,6 +542,19 @@ READ = {
         "read as system, prompt and completion: they become messages. Left out: input",
         {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
     ),
+    '{"messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "q"}], "system": "s"}': (
+        "",
+        {"messages": say("q", system="t")},
+    ),
+    '{"messages": [{"from": "human", "value": "q", "role": null, "content": null},'
+    ' {"from": null, "value": null, "role": "assistant", "content": "a"}]}': (
+        "read as messages, with",
+        {"messages": say("q", "a")},
+    ),
+    '{"conversations": ["x"], "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}': (
+        "Left out: conversations",
+        {"messages": say("q", "a")},
+    ),
     '{"text": "q a", "source": "x"}': ("Left out: source", {"text": "q a"}),
     '{"conversations": [{"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "id": 1}': (
         "read as ShareGPT: conversations become messages. Left out: id",
@@ -574,6 +596,25 @@ def test_common_forms_of_rows_are_read_and_said(row, tmp_path, capsys):
     assert [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()] == [expected] * 3
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_arguments_of_other_tools_leave_no_keys_behind(kind, tmp_path):
+    """As a struct, which rows of the same keys are read as, each call would get the keys of all."""
+    given = [{"city": "Oslo"}, {"zone": "CET", "n": 1}, {}, {"city": 7}] * 300 + [{"late": [1]}]
+    rows = []
+    for arguments in given:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": json.dumps(arguments)}}]
+        turns = [(None, "user", "q"), (calls, "assistant", ""), (None, "assistant", "a")]
+        rows += [{"messages": [{"role": role, "content": words, "tool_calls": call} for call, role, words in turns]}]
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    else:
+        write_rows(tmp_path / "rows.jsonl", rows)
+    call("chain/read_rows.py", "--dataset_name", tmp_path / f"rows.{kind}", "--output_dir", tmp_path / "out")
+    read = [json.loads(line)["messages"] for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert [turns[1]["tool_calls"][0]["function"]["arguments"] for turns in read] == given
+    assert load_dataset(str(tmp_path / "out"), split="train")[1]["messages"] == read[1]
+
+
 @pytest.mark.parametrize("cells", [["007", "1"], ["1.10", "2"], ["true", "FALSE"], ["2024-01-01"] * 2, ["None", "NA"]])
 def test_cells_of_a_csv_file_are_the_words_that_stand_there(cells, tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"q,{cell}\n" for cell in cells))
@@ -592,7 +633,7 @@ def test_an_answer_that_is_no_text_is_refused_and_not_made_one(answer, tiny_mode
     if not answer.startswith("["):  # which may be messages
         for script in ("02_train_lora.py", "03_train_full.py"):
             command = ["--model_name_or_path", str(tiny_model), "--dataset_name", "rows.jsonl", "--output_dir", "out"]
-            said = ": no words as text, messages, or prompt and completion."
+            said = ": no words in row 1 as text, messages, or prompt and completion."
             check_refusal(script, command, said, tmp_path, monkeypatch, capsys)
 
 

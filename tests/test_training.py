@@ -341,7 +341,7 @@ BAD_TRAINING = {
     "an adapter": (["--model_name_or_path", "adapter"], "an adapter first: 04_merge_adapter.py"),
     "columns": (
         ["--dataset_name", "columns.jsonl"],
-        "has {'question': Value('string')}: no words as text, messages, or prompt",
+        "has {'question': Value('string')}: no words in row 1 as text, messages, or prompt",
     ),
 }
 

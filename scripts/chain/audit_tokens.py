@@ -170,7 +170,7 @@ def look_at_tokens(
             words = words[-2:] if bos == eos else words  # it may end a turn and begin one
             if any(pair == (token, token) for pair in zip(words, words[1:], strict=False)):
                 problems[TWICE.format(tokenizer.decode([token]))].append(number)
-        if adds_bos and ids[0] != bos:
+        if adds_bos and ids[:1] != [bos]:
             problems[NO_BOS].append(number)
         last = next(
             (place for place in reversed(range(len(ids))) if ids[place] in ends and labels[place] != -100), None
@@ -195,7 +195,7 @@ def look_at_tokens(
         "longest_row": lengths[-1],
         "rows_cut_by_max_length": cut,
         "rows_that_keep_their_end": ended,
-        "share_of_tokens_cut": 1 - kept / sum(lengths),
+        "share_of_tokens_cut": 1 - kept / max(sum(lengths), 1),
         "max_length_for_99_percent": enough,
         "tokenizer_adds_bos": adds_bos,
     }, problems
@@ -260,7 +260,7 @@ def measure_padding(trainer: SFTTrainer, part: slice) -> float:
     rows = trainer.train_dataset
     trainer.train_dataset = rows.map(lambda row: {key: row[key][part] for key in ("input_ids", "labels")})
     masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
-    return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+    return 1 - sum(mask.sum().item() for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
 
 def show_row(row: dict, tokenizer) -> str:
@@ -289,7 +289,8 @@ def main() -> None:
         )
     words = set(map(tokenizer.decode, ends))
     problems, held_out_problems = (
-        look_at_rows(each or [], tokenizer, words, args.assistant_only_loss) for each in (rows, held_out)
+        look_at_rows(part or [], tokenizer, words, args.assistant_only_loss, kind)
+        for part, kind in ((rows, ""), (held_out, "held-out "))
     )
 
     # Nothing is cut, packed, evaluated or computed here
@@ -317,10 +318,12 @@ def main() -> None:
         print("goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
     if differ := look_at_prompts(rows, trainer.train_dataset, tokenizer):
         problems[PROMPT] = differ
-    if any("in the labels" in what for what in of_tokens):  # which says what to do
-        problems.pop(NO_END, None)
+    problems |= of_tokens
+    for each in (problems, held_out_problems):
+        if any("in the labels" in what for what in each):  # which says what to do
+            each.pop(NO_END, None)
     report_problems(held_out_problems, len(held_out or []), "held-out ")
-    report_problems(problems | of_tokens, len(rows))
+    report_problems(problems, len(rows))
     if script_args.output:
         write_json(Path(script_args.output), report)
 

@@ -32,7 +32,7 @@ NO_END = (
 # What other formats begin with, and what their turns end with.
 STARTS = ("[INST]", "<s>[INST]", "<s> [INST]", "<<SYS>>", "<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>")
 STARTS += ("<start_of_turn>", "<bos><start_of_turn>", "<|user|>", "<|system|>", "<|prompter|>", "<｜User｜>")
-STARTS += ("<｜begin▁of▁sentence｜>", "### Instruction:", "### Human:", "USER: ")
+STARTS += ("<｜begin▁of▁sentence｜>", "### Instruction:\n", "### Human:")
 ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "<|end_of_text|>", "<eos>")
 ENDS += ("<｜end▁of▁sentence｜>",)
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message
@@ -96,7 +96,10 @@ def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[st
         return word
 
     def name(each: dict, what: str) -> dict:
-        return each | {"function": each["function"] | {"name": put(what)}}
+        function = each["function"] | {"name": put(what)}
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = '{"JSONWORD": 1}'
+        return each | {"function": function}
 
     marked = []
     for place, turn in enumerate(turns):
@@ -122,16 +125,16 @@ def find_left_out(turns: list[dict], tools: list | None, tokenizer, ends: set[st
     except Exception:  # check_row says so where the row itself is not taken
         return set()
     found = {what if what == PARTS else LEFT_OUT.format(what) for word, what in words.items() if word not in text}
-    found |= {PARTS} if "'type': 'text'" in text else set()
-    found |= {ENCODED} if '"{\\"' in text else set()
+    found |= {PARTS} if PARTS in words.values() and "'type': 'text'" in text else set()
+    found |= {ENCODED} if '\\"JSONWORD' in text else set()
     if last is not None and answer_word in text:
         after = re.split(r"Q\d+WORD", text.partition(answer_word)[2])[0]
         found |= set() if any(end in after for end in ends) else {NO_END}
     return found
 
 
-def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[str, list[int]]:
-    """What is wrong, and the numbers of the rows, from 1. ends: tokens at which the model stops."""
+def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool, kind: str = "") -> dict[str, list[int]]:
+    """What is wrong, and the numbers of the rows, from 1. ends: tokens at which the model stops; kind: of the rows."""
     problems, shapes = defaultdict(list), {}
     marks, vocabulary = list_marks(tokenizer) if tokenizer.chat_template else set(), tokenizer.get_vocab()
     marks |= {end for end in ends if end.strip()}
@@ -149,15 +152,14 @@ def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[
         for turn in turns:
             content = turn.get("content")
             if content is not None and not isinstance(content, str | list):  # such as a date, read from words
-                fail(
-                    f"row {number} has {content!r} as content, which is no text. Put it in quotes, or a word beside it."
-                )
+                advice = "Put it in quotes, or a word beside it"
+                fail(f"{kind}row {number} has {content!r} as content, which is no text. {advice}.")
             parts = content if isinstance(content, list) else []
             if kinds := {str(part.get("type")) for part in parts if isinstance(part, dict)} - {"text"}:
-                fail(f"row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
+                fail(f"{kind}row {number} holds {', '.join(kinds)}, and text alone is trained here. Leave it out.")
         roles = [turn.get("role") for turn in turns]
         if assistant_only and "assistant" not in roles:
-            fail(f"row {number} has no answer of an assistant, which alone is learned. Leave it out.")
+            fail(f"{kind}row {number} has no answer of an assistant, which alone is learned. Leave it out.")
         if "assistant" not in roles:
             problems[NO_ANSWER].append(number)
         elif roles[-1] == "user":
@@ -171,7 +173,10 @@ def look_at_rows(rows, tokenizer, ends: set[str], assistant_only: bool) -> dict[
         with contextlib.suppress(ValueError, TypeError, KeyError):  # of tools that are none: the tokenizing says so
             tools = read_tools(row)
             parts = [[(key, type(turn[key])) for key in turn if turn[key]] for turn in turns]
-            calls = [(len(turn.get("tool_calls") or ()), "</think>" in str(turn.get("content"))) for turn in turns]
+            calls = [
+                ([type(call["function"].get("arguments")) for call in turn.get("tool_calls") or ()],
+                 "</think>" in str(turn.get("content"))) for turn in turns
+            ]  # fmt: skip
             shape = str((roles, parts, calls, bool(tools)))
             if shape not in shapes:
                 shapes[shape] = find_left_out(turns, tools, tokenizer, ends)

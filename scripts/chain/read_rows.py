@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 
+from datasets import Features, Json, Value
 from folders import fail
 from records import load_script
 
@@ -45,7 +46,7 @@ def join_parts(content):
     parts = content if isinstance(content, list) else [None]
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return content
-    return "".join(part["text"] or "" for part in parts)
+    return "".join(part.get("text") or "" for part in parts)
 
 
 def read_arguments(call: dict) -> dict:
@@ -60,7 +61,10 @@ def to_message(turn):
     """A message with role and content as chat templates know them, also of one with from and value."""
     if not isinstance(turn, dict):
         return turn
-    new = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
+    new = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    for old, key in (("from", "role"), ("value", "content")):
+        if turn.get(old) is not None and new.get(key) is None:
+            new[key] = turn[old]
     if new.get("role"):
         new["role"] = ROLES.get(str(new["role"]).lower(), new["role"])
     if new.get("content"):
@@ -84,10 +88,12 @@ def convert_rows(name: str, rows):
         return "\n\n".join(str(row[key]) for key in keys if row[key] not in (None, ""))
 
     def put_system_first(row: dict, turns: list[dict]) -> list[dict]:
-        return [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]
+        system, roles = row.get("system"), [turn.get("role") for turn in turns if isinstance(turn, dict)]
+        first = [{"role": "system", "content": system}] if system and "system" not in roles else []
+        return first + turns
 
     def to_chat(row: dict) -> dict:
-        return {"messages": put_system_first(row, map(to_message, row["conversations"]))}
+        return {"messages": put_system_first(row, [*map(to_message, row["conversations"])])}
 
     def to_pair(row: dict) -> dict:
         prompt, answer = join(row, asked), join(row, pair[1:])
@@ -101,7 +107,7 @@ def convert_rows(name: str, rows):
         return new | ({form[0]: put_system_first(row, new[form[0]])} if isinstance(new[form[0]], list) else {})
 
     said, asked = "", [*pair[:1], *(key for key in ("input", "context") if key in columns - {*pair})] if pair else []
-    if isinstance(rows[0].get("conversations"), list):
+    if not form and isinstance(rows[0].get("conversations"), list):
         convert, used, said = to_chat, {"conversations", "system"}, "ShareGPT: conversations become messages"
     elif form == ("prompt", "completion") and "system" in columns and isinstance(rows[0]["prompt"], str):
         pair, asked, convert, used = form, ["prompt"], to_pair, {*form, "system"}
@@ -117,8 +123,13 @@ def convert_rows(name: str, rows):
         used = {"text"} if "text" in columns else columns
     left = sorted(columns - used - {"tools"})
     if said or left:
-        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left)}"] * bool(left)))
-    return rows.map(convert, remove_columns=[*columns - {"tools", "messages"}]) if said else rows
+        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left[:9])}"] * bool(left)))
+    if not said:
+        return rows
+    # Types of their own: else all rows would get the keys, null, that the arguments of some tool have
+    kinds = {key: Json() if isinstance(value, list) else Value("string") for key, value in convert(rows[0]).items()}
+    kinds |= {key: kind for key, kind in rows.features.items() if key == "tools"}
+    return rows.map(convert, features=Features(kinds), remove_columns=[*columns - {*kinds}])
 
 
 def main() -> None:
