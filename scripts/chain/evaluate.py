@@ -195,7 +195,7 @@ def main() -> None:
     args = read_arguments()
     data = Path(args.dataset_name)
     if args.dataset_test_split == "validation" and any(data.glob("train.*")) and not any(data.glob("validation.*")):
-        fail(f"{data} has no validation rows. Hold some out: make train-lora VALIDATION_ROWS=50 DATASET=...")
+        fail(f"{data} has no validation rows. Type the command of the training again, with VALIDATION_ROWS=10")
     split = args.dataset_test_split
     split = "train" if data.is_file() and split == "validation" else split  # a file is that alone
     check_training_rows(args.models, args.dataset_name, split)

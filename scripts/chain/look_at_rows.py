@@ -15,7 +15,7 @@ FORMATTED = (
     "have marks of a chat format in a message, and the chat template goes around it: take them out, or join prompt "
 )
 FORMATTED += "and answer in one column, text"
-FOREIGN = "hold the end of another model's turns, which is mere text for this one: take it out, or give its own end"
+FOREIGN = "hold the end of another model's turns, which is mere text for this one: take it out, or put this model's there"
 LEFT_OUT = "have {}, which the chat template leaves out: leave them out too, or give a template that writes them, "
 LEFT_OUT += "--chat_template_path FILE"
 PARTS = (
