@@ -36,13 +36,10 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 MANY = 0.1  # share of the rows: with more of them a fault stops the training
 # What may be wrong with tokens, and what to do.
-TWICE = (
-    "have {} twice, with nothing between: take one out of the rows, the chat template, or what the tokenizer adds; a "
-)
-TWICE += "text that ends with it has no blank after it"
-NO_BOS = (
-    "lack the BOS that the tokenizer adds to texts: let the chat template begin with it, if the model was trained so"
-)
+TWICE = "have {} twice, with nothing between: take one out of the rows, the chat template, or what the "
+TWICE += "tokenizer adds; a text that ends with it has no blank after it"
+NO_BOS = "lack the BOS that the tokenizer adds to texts: let the chat template begin with it, if the model "
+NO_BOS += "was trained so"
 NO_EOS = "have no {} in the labels, and the model would not learn to stop: mend them or the chat template{}"
 NO_LOSS = "have no token to learn from within --max_length {}: give a larger one"
 CUT = "lose their end and its EOS to --max_length {}: {}"

@@ -11,24 +11,17 @@ from read_rows import join_parts
 EMPTY = "have an empty question or answer: leave them out"
 NO_ANSWER = "have no answer of an assistant: leave them out"
 ENDS_ASKING = "end with a question, which is learned like an answer: leave the last message out"
-FORMATTED = (
-    "have marks of a chat format in a message, and the chat template goes around it: take them out, or join prompt "
-)
-FORMATTED += "and answer in one column, text"
-FOREIGN = "hold the end of another model's turns, which is mere text for this one: take it out, or put this model's there"
+FORMATTED = "have marks of a chat format in a message, and the chat template goes around it: take them out, or "
+FORMATTED += "join prompt and answer in one column, text"
+FOREIGN = "hold the end of another model's turns, which is mere text here: take it out, or put this model's there"
 LEFT_OUT = "have {}, which the chat template leaves out: leave them out too, or give a template that writes them, "
 LEFT_OUT += "--chat_template_path FILE"
-PARTS = (
-    "have content in parts, which the chat template does not write as text: make one text of them, as make download "
-)
-PARTS += "does"
-ENCODED = (
-    "have tool calls whose arguments are JSON in a text, which the chat template encodes once more: give objects, as "
-)
-ENCODED += "make download does"
-NO_END = (
-    "are written without an end after the last answer, and the model would not learn to stop: mend the chat template"
-)
+PARTS = "have content in parts, which the chat template does not write as text: make one text of them, as "
+PARTS += "make download does"
+ENCODED = "have tool calls whose arguments are JSON in a text, which the chat template encodes once more: give "
+ENCODED += "objects, as make download does"
+NO_END = "are written without an end after the last answer, and the model would not learn to stop: mend the "
+NO_END += "chat template"
 # What other formats begin with, and what their turns end with.
 STARTS = ("[INST]", "<s>[INST]", "<s> [INST]", "<<SYS>>", "<|im_start|>", "<|start_header_id|>", "<|begin_of_text|>")
 STARTS += ("<start_of_turn>", "<bos><start_of_turn>", "<|user|>", "<|system|>", "<|prompter|>", "<｜User｜>")
