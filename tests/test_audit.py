@@ -547,6 +547,14 @@ def test_held_out_rows_are_looked_at_too(audit, model):
     )
 
 
+def test_a_held_out_row_that_is_none_is_named_as_one(audit, model):
+    write_template(model, PARTS["each"][0], PARTS["each"][0])
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in ask("a", "red")]
+    image = [{"role": "user", "content": [{"type": "image", "text": ""}]}, parts[1]]
+    said, report = audit([{"messages": parts}], held_out=[{"messages": image}])
+    assert report is None and "held-out row 1 holds image, and text alone is trained here" in said
+
+
 def test_no_more_places_are_advised_than_the_model_has(audit, model):
     change(model / "config.json", max_position_embeddings=20)
     rows = [{"prompt": "a", "completion": "b " * 30}] * 9 + [{"prompt": "a", "completion": "b"}] * 9

@@ -10,6 +10,8 @@ from datasets import Dataset, load_dataset
 from helpers import call, measure, read
 from peft import PeftModel
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,6 +21,9 @@ from transformers import (
     OPTForCausalLM,
     pipeline,
 )
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 FAST = ("--learning_rate", 0.01, "--optim", "adamw_torch", "--lora_dropout", 0, "--save_strategy", "no")
 FAST += ("--report_to", "none", "--lora_target_modules", "all-linear", "--max_grad_norm", 1)
@@ -148,6 +153,17 @@ def test_an_architecture_that_mixes_packed_rows_is_refused(script, option, tiny_
     train(tmp_path / "opt", uneven, tmp_path / "out", *options, script=script)
     with pytest.raises(SystemExit, match="mixes rows that are packed. Leave --packing and --padding_free out."):
         train(tmp_path / "opt", uneven, tmp_path / "packed", *options, *option.split(), script=script)
+
+
+def test_packed_rows_are_tried_in_the_precision_of_the_training(tiny_model, uneven, tmp_path):
+    def attend(module, query, *args, **kwargs):  # as FlashAttention, which takes half precision alone
+        assert (get_target_dtype(query, module) or query.dtype) == torch.bfloat16
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("half", attend)
+    AttentionMaskInterface.register("half", sdpa_mask)
+    options = ("--packing", "true", "--max_length", 64, "--max_steps", 1, "--bf16", "true", "--use_cpu", "true")
+    train(tiny_model, uneven, tmp_path / "lora", *options, "--attn_implementation", "half")
 
 
 def test_many_held_out_rows_are_measured_to_the_bit_whatever_order_they_are_drawn_in(tiny_model, tmp_path):

@@ -63,7 +63,7 @@ def to_message(turn):
         return turn
     new = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for old, key in (("from", "role"), ("value", "content")):
-        if turn.get(old) is not None and new.get(key) is None:
+        if turn.get(old) is not None:
             new[key] = turn[old]
     if new.get("role"):
         new["role"] = ROLES.get(str(new["role"]).lower(), new["role"])
