@@ -571,6 +571,10 @@ READ = {
         "Left out: conversations",
         {"messages": say("q", "a")},
     ),
+    json.dumps({"text": "q a"} | {f"c{number:02}": "x" for number in range(12)}): (
+        "Left out: c00, c01, c02, c03, c04, c05, c06, c07, c08, and 3 more",
+        {"text": "q a"},
+    ),
     '{"text": "q a", "source": "x"}': ("Left out: source", {"text": "q a"}),
     '{"conversations": [{"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "id": 1}': (
         "read as ShareGPT: conversations become messages. Left out: id",

@@ -196,8 +196,8 @@ def main() -> None:
     data = Path(args.dataset_name)
     if args.dataset_test_split == "validation" and any(data.glob("train.*")) and not any(data.glob("validation.*")):
         fail(f"{data} has no validation rows. Type the command of the training again, with VALIDATION_ROWS=10")
-    split = args.dataset_test_split
-    split = "train" if data.is_file() and split == "validation" else split  # a file is that alone
+    default = data.is_file() and args.dataset_test_split == "validation"
+    split = "train" if default else args.dataset_test_split  # all that a file has is called train
     check_training_rows(args.models, args.dataset_name, split)
     prompts = [{"prompt": prompt, "reference": None, "tools": None} for prompt in args.prompts]
     groups, notes = {}, []

@@ -122,8 +122,9 @@ def convert_rows(name: str, rows):
     else:
         used = {"text"} if "text" in columns else columns
     left = sorted(columns - used - {"tools"})
+    left = [*left[:9], f"and {len(left) - 9} more"] if len(left) > 9 else left
     if said or left:
-        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left[:9])}"] * bool(left)))
+        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left)}"] * bool(left)))
     if not said:
         return rows
     # Types of their own: else all rows would get the keys, null, that the arguments of some tool have
