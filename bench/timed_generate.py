@@ -3,7 +3,8 @@
     python timed_generate.py OUT.json SCRIPT.py [ARGUMENT ...]
 
 OUT.json: tokens (new ones, of all rows, each up to its EOS token), seconds (of generate), first_token_at (seconds from
-the start of the process to the end of the first forward pass), peak_memory_bytes.
+the start of the process to the end of the first forward pass), token_seconds (from each forward pass to the next),
+peak_memory_bytes.
 """
 
 import json
@@ -20,6 +21,7 @@ from transformers import GenerationMixin
 
 OUT = Path(sys.argv[1])
 found = {"tokens": 0, "seconds": 0.0, "first_token_at": None}
+passes = []
 generate = GenerationMixin.generate
 
 
@@ -28,9 +30,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def note_pass(*forward) -> None:
+    synchronize()
+    passes.append(time.perf_counter())
+
+
 def after_forward(module, inputs, outputs) -> None:
     if type(module).__name__.endswith("ForCausalLM"):
-        synchronize()
+        note_pass()
+        module.register_forward_hook(note_pass)
         # The start of a process is counted in ticks since the boot.
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         found["first_token_at"] = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -56,4 +64,5 @@ sys.path[0] = str(Path(sys.argv[0]).parent)
 runpy.run_path(sys.argv[0], run_name="__main__")
 peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+found["token_seconds"] = [end - begin for begin, end in zip(passes, passes[1:], strict=False)]
 OUT.write_text(json.dumps(found))
