@@ -47,9 +47,10 @@ other_out := $(if $(filter-out outputs,$(OUT)), OUT=$(OUT))
 STEP := $(PY) scripts/chain/run_step.py
 # A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
 # there is a MODEL-NAME.yaml for this base model, it is taken for NAME; where there is a NAME-full.yaml beside NAME.yaml,
-# it is the one of the training without LoRA. fast: what would be taken without RECIPE, with settings of this machine.
-fast := $(filter fast,$(RECIPE))
-recipe_name := $(if $(fast),$(filter embedded,$(BASE_MODEL)),$(RECIPE))
+# it is the one of the training without LoRA. fast: what would be taken without RECIPE, with settings of this machine;
+# throughput and qlora get such settings too.
+fast := $(or $(filter fast throughput,$(RECIPE)),$(if $(filter embedded,$(BASE_MODEL)),,$(filter qlora,$(RECIPE))))
+recipe_name := $(if $(filter fast,$(RECIPE)),$(filter embedded,$(BASE_MODEL)),$(RECIPE))
 recipe_lora := $(if $(recipe_name),$(if $(filter %.yaml,$(recipe_name)),$(recipe_name),$(or \
 	$(wildcard env/recipes/$(BASE_MODEL)-$(recipe_name).yaml),env/recipes/$(recipe_name).yaml)))
 $(if $(filter-out $(wildcard $(recipe_lora)),$(recipe_lora)),$(error there is no $(recipe_lora). Type RECIPE= with one of: \
@@ -117,7 +118,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test test-faults bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
+	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
 .NOTPARALLEL: # one accelerator, one step at a time
 ready := $(VENV)/installed $(OUT)/check/report.json
 
@@ -180,6 +181,8 @@ test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest $(ARGS)
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, cut the power, and see that nothing is lost (long)
 	@FAULTS=full $(PY) -m pytest $(foreach name,faults resume runner bad_input security,tests/test_$(name).py) -v -s -p no:warnings $(ARGS)
+gpu-check: ## prove each path on the accelerator in 8 minutes, and measure it; without setup in PYTHON, which needs torch
+	@$(if $(wildcard $(VENV)/installed),$(PY),$(PYTHON)) bench/gpu_check.py --output_dir $(OUT)/check $(ARGS)
 bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with what else could be run, of train-full with FROM=full
 	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset --output_dir $(OUT)/bench $(if $(filter full,$(FROM)),--full) $(ARGS)
 bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generation, merge and conversion
@@ -236,7 +239,7 @@ recipe = $(addprefix --config ,$(recipe_$(1)))
 config = $(if $(fast),--config $(OUT)/check/fast-$(1).yaml,$(recipe))
 choose = $(PY) scripts/chain/choose_fast.py --method $(1) $(recipe) --output $(OUT)/check/fast-$(1).yaml \
 	$(if $(call restart,$(1)),,$(if $(wildcard $(OUT)/$(1).part),--keep)) --
-audit = $(STEP) --reads $(OUT)/base-model $(OUT)/dataset -- scripts/chain/audit_tokens.py $(data) $(recipe) \
+audit = $(STEP) --reads $(OUT)/base-model $(OUT)/dataset -- scripts/chain/audit_tokens.py $(data) $(recipe) $(if $(fast),--bf16 false) \
 	--output $(OUT)/check/audit-$(1).json $(2)
 define train
 $(if $(findstring --help,$(ARGS)),exec $(PY) $(script) --help)

@@ -5,9 +5,9 @@
 The training itself is not changed: PyTorch calls back at the first forward pass of the training and after each step of
 an optimizer. OUT.json: step_seconds (each optimizer step from the end of the one before it, so with what is done in
 between), first_step_at (seconds from the start of the process to the first forward pass), peak_memory_bytes (tensors on
-the accelerator, else the whole process), reserved_memory_bytes (what PyTorch's allocator took for them), shapes (rows and
-tokens, padding too, of each forward pass of the training), losses (of each backward pass), packages (versions of those
-that were used). --stop_at: the process gets a SIGTERM in that step of the optimizer.
+the accelerator, else the whole process), reserved_memory_bytes (what PyTorch's allocator took for them), shapes (rows
+and tokens, padding too, of each forward pass of the training), losses (of each backward pass), packages (versions of
+those that were used). --stop_at: the process gets a SIGTERM in that step of the optimizer.
 """
 
 import atexit

@@ -11,6 +11,9 @@
 #     "pip==25.3",
 #     "python-dotenv==1.2.4",
 # ]
+# [tool.uv]
+# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index-strategy = "unsafe-best-match"
 # ///
 """Fetch the base model and the data set, without options the tutorial's own, and show the data.
 

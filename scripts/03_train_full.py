@@ -13,6 +13,9 @@
 #     "tensorboard==2.21.0",
 #     "python-dotenv==1.2.4",
 # ]
+# [tool.uv]
+# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index-strategy = "unsafe-best-match"
 # ///
 """Fine-tune all parameters of a causal language model, without LoRA, and save the model.
 
@@ -39,6 +42,7 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import errors, hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
 # Configure fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -57,6 +61,7 @@ STEPS = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<t
 @dataclass
 class Config(SFTConfig):
     token_metrics: bool = field(default=False, metadata={"help": "TRL's loss, in chunks, with entropy and accuracy."})
+    compile_layers: bool = field(default=False, metadata={"help": "Compile each layer, once, for rows of any length."})
 
 
 def find_origin(name: str, revision: str) -> dict:
@@ -148,7 +153,8 @@ def main() -> None:
     if quantization or model_args.dtype != "float32":
         sys.exit("error: all weights are trained, in float32. For an adapter, also on fewer bits: 02_train_lora.py")
     weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization, **weights, **hub)
+    weights |= dict(quantization_config=quantization, device_map=args.device)  # straight to the accelerator
+    model = AutoModelForCausalLM.from_pretrained(name, **weights, **hub)
     if not model.generation_config.do_sample:  # beside these, which some copies of Llama-2 have, it cannot be saved
         vars(model.generation_config).update(
             dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h"))
@@ -162,6 +168,9 @@ def main() -> None:
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         callbacks=[interruption := Interruption()],
     )  # fmt: skip
+    for layer in trainer.model.modules():
+        if args.compile_layers and isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])

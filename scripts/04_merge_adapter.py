@@ -10,6 +10,9 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
+# [tool.uv]
+# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index-strategy = "unsafe-best-match"
 # ///
 """Merge a LoRA adapter into its base model and save a model that needs neither of them.
 

@@ -9,6 +9,9 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
+# [tool.uv]
+# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index-strategy = "unsafe-best-match"
 # ///
 """Answer prompts with a base model, a LoRA adapter on its base model, or a fully tuned model.
 

@@ -9,6 +9,9 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
+# [tool.uv]
+# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index-strategy = "unsafe-best-match"
 # ///
 """Answer prompts through transformers' pipeline, with a base, fully tuned or merged model, or an adapter.
 

@@ -40,7 +40,7 @@ def machine(monkeypatch, gpu: bool, bf16: bool, packages: tuple = ()) -> None:
 
 
 def chosen(method: str) -> dict:
-    return {name: value for name, (value, reason) in script.choose(method).items()}
+    return {name: value for name, (value, reason) in script.choose(method, {}).items()}
 
 
 def test_what_is_chosen_on_which_machine(monkeypatch):
@@ -70,7 +70,7 @@ def test_the_other_settings_of_the_recipe_stay(tmp_path):
         )
         assert result.returncode == 0, result.stderr
         written = yaml.safe_load((tmp_path / "out/fast.yaml").read_text())
-        expected = {name: value for name, (value, _) in script.choose(method).items()}
+        expected = {name: value for name, (value, _) in script.choose(method, {}).items()}
         assert written == yaml.safe_load(base.read_text()) | expected
         assert all(f"{name} {value}" in result.stdout for name, value in expected.items())
 
@@ -78,9 +78,9 @@ def test_the_other_settings_of_the_recipe_stay(tmp_path):
 def test_an_optimizer_of_another_kind_and_kernels_that_the_recipe_names_stay(tmp_path, monkeypatch):
     machine(monkeypatch, gpu=True, bf16=True, packages=("liger_kernel", "triton"))
     for own in ({"optim": "lion_32bit"}, {"optim": "paged_adamw_8bit"}, {"use_liger_kernel": False}):
-        assert script.keep_own(own, script.choose("full")).keys() == script.choose("full").keys() - own.keys()
+        assert script.keep_own(own, script.choose("full", {})).keys() == script.choose("full", {}).keys() - own.keys()
     for same in ("paged_adamw_32bit", "adamw_torch"):
-        assert script.keep_own({"optim": same}, script.choose("full")) == script.choose("full")
+        assert script.keep_own({"optim": same}, script.choose("full", {})) == script.choose("full", {})
     # However the recipe is written, what is written from it is one.
     (tmp_path / "base.yaml").write_text("{lora_r: 8, optim: paged_adamw_32bit, learning_rate: 1.0e-5}")
     command = ["--method", "lora", "--config", "base.yaml", "--output", "fast.yaml"]
@@ -111,9 +111,20 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert written["gradient_checkpointing"] is True and written["optim"] == "adamw_torch_fused"
     machine(monkeypatch, gpu=True, bf16=True)
-    assert [sorted(less) for less in script.list_attempts()] == [
+    assert [sorted(less) for less in script.list_attempts({})] == [
         [], ["token_metrics"], ["gradient_checkpointing"], ["gradient_checkpointing", "token_metrics"]
     ]  # fmt: skip
+
+
+def test_the_rows_of_a_step_stay_together_where_the_memory_does_not_suffice_for_all_at_once(monkeypatch):
+    machine(monkeypatch, gpu=True, bf16=True)
+    recipe = yaml.safe_load((ROOT / "env/recipes/throughput.yaml").read_text())
+    attempts = [{name: value for name, (value, _) in less.items()} for less in script.list_attempts(recipe)]
+    sizes = [recipe | less for less in attempts]
+    rows = [(each["per_device_train_batch_size"], each.get("gradient_accumulation_steps", 1)) for each in sizes]
+    assert rows == [(16, 1), (8, 2), *[(4, 4)] * 4]
+    sparing = {"token_metrics", "gradient_checkpointing"}
+    assert [len(sparing & less.keys()) for less in attempts] == [0, 0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("status", "saves"), [(3, True), (5, False)])

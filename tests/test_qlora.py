@@ -84,27 +84,22 @@ def test_an_evaluation_on_the_way_changes_nothing(train, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_4_bit_weights_are_computed_with_in_bfloat16_where_the_accelerator_has_it(native, train, monkeypatch):
-    module, chosen = load("02_train_lora.py"), []
-    find_origin = module.find_origin
-
-    def find_origin_with_an_accelerator(*args):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        # by emulation every accelerator has it
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
-        )
-        return find_origin(*args)
-
-    def stop(name, quantization_config, **options):
-        chosen.append(quantization_config.bnb_4bit_compute_dtype)
-        raise InterruptedError
-
-    monkeypatch.setattr(module, "find_origin", find_origin_with_an_accelerator)
-    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", stop)
-    with pytest.raises(InterruptedError):
-        train("never", *FOUR_BIT)
-    assert chosen == [torch.bfloat16 if native else torch.float32]
+def test_the_recipe_computes_in_bfloat16_where_the_hardware_has_it(native, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load("chain/choose_fast.py"), "has_bf16", lambda: native)
+    recipe = ROOT / "env/recipes/qlora.yaml"
+    with pytest.raises(SystemExit) as stop:
+        call("chain/choose_fast.py", "--method", "lora", "--config", recipe, "--output", "fitted.yaml")
+    assert stop.value.code == 0
+    fitted, written = (yaml.safe_load(file.read_text()) for file in (tmp_path / "fitted.yaml", recipe))
+    changed = {name: value for name, value in fitted.items() if value != written.get(name)}
+    assert changed == ({"use_cpu": True} if native else {"bf16": False, "dtype": "float32"})  # the optimizer stays
+    record, adapter = train("qlora", "--config", "fitted.yaml", "--optim", "paged_adamw_32bit", "--max_steps", 2)
+    arguments, quantization = record["arguments"], record["quantization"]
+    assert arguments["gradient_checkpointing"] and quantization["bnb_4bit_quant_type"] == "nf4"
+    dtype = "bfloat16" if native else "float32"
+    assert (arguments["bf16"], arguments["dtype"], quantization["bnb_4bit_compute_dtype"]) == (native, dtype, dtype)
+    assert all(value.any() and value.dtype == torch.float32 for value in adapter.values())  # each B has left zero
 
 
 def test_the_merge_says_where_it_goes_and_measures_the_difference(trained, tiny_model, tmp_path, capsys):
@@ -144,12 +139,8 @@ def test_a_merge_does_without_the_quantized_weights_where_they_cannot_be_loaded(
     assert read(tmp_path / "run.json")["quantized_base"] is None and (tmp_path / "model/model.safetensors").exists()
 
 
-def test_the_recipes_are_those_of_lora_in_4_bits(train):
+def test_the_recipes_are_those_of_lora_in_4_bits():
     recipes = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / "env/recipes").glob("*.yaml")}
     four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
     assert recipes["embedded-qlora"] == recipes["embedded"] | four_bit
     assert recipes["qlora"].items() >= (four_bit | {"lora_target_modules": ["all-linear"]}).items()
-    args = ("--config", ROOT / "env/recipes/qlora.yaml", "--optim", "paged_adamw_32bit", "--max_steps", 2)
-    record, adapter = train("qlora", *args)
-    assert record["arguments"]["gradient_checkpointing"] and record["quantization"]["bnb_4bit_quant_type"] == "nf4"
-    assert all(value.any() for value in adapter.values())  # each B has left zero

@@ -50,6 +50,8 @@ def kept_by_autograd(layers, batch, length, inputs, method, dtype, autocast, dro
         model = get_peft_model(
             model, LoraConfig(r=8, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
         )
+        for layer in model.modules():
+            layer.cast_input_dtype_enabled = not autocast  # as 02_train_lora.py sets it
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
 

@@ -3,7 +3,7 @@
     python choose_fast.py --method lora --config RECIPE.yaml --output fast.yaml [-- COMMAND ...]
 
 Reads   RECIPE.yaml, whose other settings stay as they are, and its own attention, Liger kernels, and any optimizer but
-        AdamW in 32 bits; none: the tutorial's.
+        AdamW in 32 bits; none: the tutorial's. Of one with 4-bit weights only the precision is chosen.
 Writes  fast.yaml, for --config of 02_train_lora.py (lora) or 03_train_full.py (full).
 
 COMMAND is run then: predict_memory.py for that file. Where it exits with status 3, for want of memory, settings that
@@ -42,16 +42,21 @@ def has_bf16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
 
 
-def choose(method: str) -> dict[str, tuple]:
+def choose(method: str, recipe: dict) -> dict[str, tuple]:
     """Settings of this machine: name, value and reason."""
-    gpu = torch.cuda.is_available()
-    chosen = {"optim": ("adamw_torch_fused", "the same step as the paged one, in one kernel")}
-    if has_bf16():
+    gpu, chosen = torch.cuda.is_available(), {}
+    if not has_bf16() and recipe.get("load_in_4bit"):
+        reason = "the hardware does not multiply in bfloat16"
+        chosen = {"bf16": (False, reason), "dtype": ("float32", reason)}
+    elif has_bf16():
         chosen["bf16"] = (True, "matrices are multiplied in bfloat16, which the hardware has")
         if method == "lora":
             chosen["dtype"] = ("bfloat16", "of the frozen weights; the adapter is trained in float32")
         if not gpu:
             chosen["use_cpu"] = (True, "else bf16 is refused without an accelerator")
+    if recipe.get("load_in_4bit"):
+        return chosen
+    chosen["optim"] = ("adamw_torch_fused", "the same step as the paged one, in one kernel")
     if "bf16" in chosen and gpu and list(distributions(name="flash-attn")):  # not flash-attn-4, of the same module
         chosen["attn_implementation"] = ("flash_attention_2", "FlashAttention is installed")
     if gpu and find_spec("liger_kernel") and find_spec("triton"):
@@ -59,14 +64,24 @@ def choose(method: str) -> dict[str, tuple]:
     return chosen
 
 
-def list_attempts() -> list[dict[str, tuple]]:
+def list_attempts(recipe: dict) -> list[dict[str, tuple]]:
     """What is tried, one after another: nothing more, and settings that take less memory and more time."""
     reason = "the memory does not suffice for"
     chunks = {"token_metrics": (True, f"the loss in chunks: {reason} all logits at once")}
     recompute = {"gradient_checkpointing": (True, f"activations are computed twice: {reason} keeping them")}
+    rows, parts, batches = (
+        recipe.get("per_device_train_batch_size", 4),
+        recipe.get("gradient_accumulation_steps", 1),
+        [{}],
+    )
+    while rows >= 8 and rows % 2 == 0:  # as many rows a step, in smaller parts
+        rows, parts = rows // 2, 2 * parts
+        names = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+        batches.append({name: (value, f"{reason} all rows of a step at once") for name, value in names.items()})
+    smallest = batches[-1]
     if torch.cuda.is_available():
-        return [{}, chunks, recompute, chunks | recompute]
-    return [{}, recompute]  # without Triton the chunks take more
+        return [*batches, smallest | chunks, smallest | recompute, smallest | chunks | recompute]
+    return [*batches, smallest | recompute]  # without Triton the chunks take more
 
 
 def read_recipe(file: Path) -> dict:
@@ -101,8 +116,8 @@ def format_recipe(recipe: dict, chosen: dict[str, tuple]) -> str:
 def main() -> None:
     args = read_options()
     recipe = read_recipe(args.config) if args.config else {}
-    chosen = keep_own(recipe, choose(args.method))
-    attempts = [chosen | less for less in list_attempts()]
+    chosen = keep_own(recipe, choose(args.method, recipe))
+    attempts = [chosen | less for less in list_attempts(recipe)]
     if args.keep and args.output.is_file():
         old = args.output.read_text(encoding="utf-8")
         attempts = [chosen for chosen in attempts if format_recipe(recipe, chosen) == old] or attempts

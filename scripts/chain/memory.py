@@ -6,13 +6,13 @@ import re
 # What decides about memory among the options of a training, with the tutorial's values.
 SETTINGS = {
     "dtype": "float32", "bf16": False, "load_in_4bit": False, "load_in_8bit": False, "use_bnb_nested_quant": False,
-    "token_metrics": False, "packing": False,
+    "token_metrics": False, "packing": False, "use_liger_kernel": False,
     "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
     "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
 }  # fmt: skip
 QLORA = {
     "load_in_4bit": True, "use_bnb_nested_quant": True, "lora_target_modules": ["all-linear"],
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": True, "bf16": True, "dtype": "bfloat16",
 }  # fmt: skip
 METHODS = {
     "LoRA, fp32 (the tutorial)": ("lora", {}),
@@ -87,8 +87,11 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
                    N b (2q - 2v + H L) where heads share keys, for in a batch without padding the scores are kept
                    full: N (8h + b (2h + i)), under autocast N (8h + b (5h + i)), a copy for each linear layer
                    LoRA: N r b a target, and of its input of size n: n b, once for several targets that read the same;
-                   n 4 each on bf16 weights without autocast; with dropout n b each and a mask of n (4 on the CPU)
-                 With gradient checkpointing N h b a layer, and one whole layer.
+                   n 4 each on bf16 weights without autocast, n 2 each on fp32 weights with it; with dropout n b each
+                   and a mask of n, on the CPU of the input's type
+                   Liger's kernels keep the input of a norm as it is, and of the MLP b 2i
+                 With gradient checkpointing N h b a layer, and one whole layer with the gradients of its MLP, or the
+                 logits, whichever is more; on the CPU, whose malloc keeps what was freed, both.
     logits       Three tensors [N, V] in fp32: log-probabilities and two gradients. With token_metrics TRL takes them in
                  tiles of 4096 tokens and 32768 words: one tile with Triton, eight fp32 ones on the CPU.
     overhead     On the CPU the interpreter and its libraries, 0.53 GiB, and what malloc of glibc keeps of freed blocks:
@@ -117,31 +120,38 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         weights += 2 * counts["quantizable"]
     gradients, optimizer = 4 * trainable, trainable * describe_optimizer(settings["optim"])[0]
 
-    layer = 4 * (2 * hidden + 2 + heads) + b * (2 * query + 2 * value + 3 * inner)
+    liger, wide = settings["use_liger_kernel"], 2 if short else 4  # bytes of a value between the layers
+    layer = 4 * (2 + heads) + 2 * hidden * (wide if liger else 4) + b * (2 * query + 2 * value + (3 - liger) * inner)
     scores = where == "gpu" and b == 4 and query != value
     if settings["packing"]:
         layer += b * (2 * query - 2 * value + n)
     elif settings["token_metrics"] or scores:
         layer += b * (2 * query - 2 * value + (heads if scores else 1) * tokens)
     if lora:
-        kept, mask = 2 if autocast else 4, 4 if where == "cpu" else 1
+        kept = 2 if autocast else 4
         read = {name: into for name, (into, _) in counts["targets"].items()}
         layer += kept * settings["lora_r"] * len(read)
         if settings["lora_dropout"]:
-            layer += sum(read.values()) * (kept + mask)
-        elif b == 2:
+            for name, into in read.items():
+                in_short = autocast and (short or name in ("o_proj", "down_proj"))
+                layer += into * (kept + (1 if where == "gpu" else 2 if in_short else 4))
+        elif short and not autocast:
             layer += sum(read.values()) * kept
-        else:  # one tensor for q, k and v, one for gate and up; that of o is kept by the attention
-            same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+        else:  # one tensor for q, k and v, one for gate and up, unless autocast copies; that of o the attention keeps
+            same = {} if autocast and not short else {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
             once = {same.get(name, name): into for name, into in read.items() if name != "o_proj"}
             layer += sum(once.values()) * kept
     else:
-        layer += 8 * hidden + b * ((5 if autocast else 2) * hidden + inner)
-    activations = n * (layers * hidden * b + layer if settings["gradient_checkpointing"] else layers * layer)
+        layer += (0 if liger else 8 * hidden) + b * ((5 if autocast else 2) * hidden + inner)
     logits = 12 * n * vocabulary
     if settings["token_metrics"]:
         logits = min(n, 4096) * min(vocabulary, 32768) * (8 * 4 if where == "cpu" else b)
+    activations = n * layers * layer
     passing, overhead = activations + logits, 0.0
+    if settings["gradient_checkpointing"]:
+        activations = n * (layers * hidden * wide + layer)
+        again = n * (layer + 3 * b * inner)  # with the gradients of its MLP
+        passing = n * layers * hidden * wide + (max(again, logits) if where == "gpu" else n * layer + logits)
     if where == "cpu":
         freed = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 1.3 if settings["gradient_checkpointing"] else 0.4
         overhead = 0.53 * 2**30 + freed * passing
