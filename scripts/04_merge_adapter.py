@@ -177,7 +177,7 @@ def main() -> None:
     run = {
         "base_model": training.get("base_model", {"name": base, "revision": revision}),
         "adapter": {"name": name},
-        "arguments": asdict(args),
+        "arguments": asdict(args) | {"bf16": training.get("arguments", {}).get("bf16", False)},  # how it was trained
         "check": check("saved", expected, compute_logits(saved, rows), args.dtype),
         "quantized_base": quantized,
     }

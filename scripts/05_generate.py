@@ -53,7 +53,9 @@ class Arguments:
     temperature: float = field(default=0.7, metadata={"help": "With --do_sample: below 1 sharper, above 1 flatter."})
     top_p: float = field(default=0.95, metadata={"help": "With --do_sample: share of the probability kept."})
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights. auto: float32 on the CPU, else as trained, or as stored."}
+    )
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
 
 
@@ -71,8 +73,16 @@ def find_config(name: str, revision: str = "main") -> Path:
     sys.exit(f"error: no model at {name!r}, a folder or a hub id: {reason}")
 
 
-def load_model(name: str, base_model: str | None, dtype: str):
-    """Model, on the accelerator if there is one, and tokenizer of a model or an adapter."""
+def choose_dtype(name: str) -> str:
+    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
+    note = Path(name).parent / "run.json"
+    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
+    return trained if torch.accelerator.is_available() else "float32"
+
+
+def load_model(name: str, base_model: str | None, dtype: str, merge: bool = False):
+    """Model, on the accelerator if there is one, and tokenizer of a model or an adapter, in memory merged or not."""
     config, revision, base = find_config(name), "main", name
     if config.name == "adapter_config.json":
         adapter = json.loads(config.read_text(encoding="utf-8"))
@@ -81,6 +91,7 @@ def load_model(name: str, base_model: str | None, dtype: str):
         find_config(base, revision)
     device = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
+    safe["device_map"] = None if device == "cpu" else device
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
     source, of = (name, "main") if get_tokenizer_config(name) else (base, revision)
     inputs = ["input_ids", "attention_mask"]  # no token_type_ids
@@ -90,7 +101,9 @@ def load_model(name: str, base_model: str | None, dtype: str):
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     model = PeftModel.from_pretrained(model, name) if base != name else model
-    return model.to(device).eval(), tokenizer
+    if merge and base != name:
+        model = model.merge_and_unload()
+    return model.eval(), tokenizer
 
 
 @torch.inference_mode()
@@ -129,7 +142,9 @@ def main() -> None:
     prompts = args.prompt + [line for line in text.splitlines() if line.strip()]
     if not (prompts or args.chat):
         sys.exit('error: no prompt. Give --prompt "What is LoRA?", --prompts_file FILE or --chat.')
-    model, tokenizer = load_model(args.model_name_or_path, args.base_model, args.dtype)
+    dtype = choose_dtype(args.model_name_or_path) if args.dtype == "auto" else args.dtype
+    merge = torch.accelerator.is_available()  # where a token waits for each product to begin, also for the adapter's
+    model, tokenizer = load_model(args.model_name_or_path, args.base_model, dtype, merge)
     if not (args.raw or tokenizer.chat_template):
         sys.exit(f"error: {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
 

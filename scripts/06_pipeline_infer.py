@@ -32,6 +32,7 @@ from dotenv import find_dotenv, load_dotenv
 
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
 
+import torch
 from huggingface_hub import errors, hf_hub_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, pipeline
@@ -46,7 +47,9 @@ class Arguments:
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
     max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights. auto: float32 on the CPU, else as trained, or as stored."}
+    )
 
 
 def find_config(name: str, revision: str = "main") -> Path:
@@ -63,6 +66,14 @@ def find_config(name: str, revision: str = "main") -> Path:
     sys.exit(f"error: no model at {name!r}, a folder or a hub id: {reason}")
 
 
+def choose_dtype(name: str) -> str:
+    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
+    note = Path(name).parent / "run.json"
+    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
+    return trained if torch.accelerator.is_available() else "float32"
+
+
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     name, config = args.model_name_or_path, find_config(args.model_name_or_path)
@@ -74,12 +85,15 @@ def main() -> None:
 
     # Set the pipeline; the tutorial gives it the name of a model alone
     safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=args.dtype, **safe)
+    dtype = choose_dtype(name) if args.dtype == "auto" else args.dtype
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     model = PeftModel.from_pretrained(model, name) if adapter else model
+    if adapter and torch.accelerator.is_available():  # a token waits for each product to begin, also for the adapter's
+        model = model.merge_and_unload()
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     if not (args.raw or pipe.tokenizer.chat_template):
         sys.exit(f"error: {name!r} has no chat template. Add --raw to continue the prompt.")

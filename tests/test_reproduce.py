@@ -74,7 +74,31 @@ def test_a_run_is_repeated_from_its_record_alone(target, recorded, tiny_model, t
     other["sha256"] = dict.fromkeys(other["sha256"], "0")
     assert compare(other, again) == 1
     said = capsys.readouterr().out
-    assert "losses: up to 0.01 apart" in said and "weights: others (sha256)" in said
+    apart = other["history"][0]["loss"] / again["history"][0]["loss"] - 1
+    assert f"losses: up to {apart:.2g} of a loss apart" in said and "weights: others (sha256)" in said
+
+
+@pytest.mark.parametrize(
+    ("where", "bf16", "apart", "same"),
+    [
+        (("CPU, 2 threads", "CPU, 2 threads"), False, 0, False),  # where weights have to be the same to the bit
+        (("AMD Instinct MI300X", "AMD Instinct MI300X"), False, 1e-3, True),
+        (("CPU, 2 threads", "AMD Instinct MI300X"), False, 1e-3, True),
+        (("AMD Instinct MI300X", "AMD Instinct MI300X"), False, 5e-3, False),
+        (("AMD Instinct MI300X", "NVIDIA H100 80GB HBM3"), True, 5e-3, True),
+        (("AMD Instinct MI300X", "AMD Instinct MI300X"), True, 2e-2, False),
+    ],
+)
+def test_on_an_accelerator_losses_are_the_same_within_a_tolerance(where, bf16, apart, same, recorded, capsys):
+    record = json.loads((recorded / "lora/run.json").read_text())
+    runs = [record | {"accelerator": name, "arguments": record["arguments"] | {"bf16": bf16}} for name in where]
+    history = [dict(entry) for entry in record["history"]]
+    history[0]["loss"] *= 1 + apart
+    runs[1] |= {"history": history, "sha256": dict.fromkeys(record["sha256"], "0")}
+    assert load("chain/reproduce_run.py").say_what_is_the_same(*runs) == (0 if same else 1)
+    said = capsys.readouterr().out
+    assert f"The result is {'the same' if same else 'not the same'}." in said
+    assert ("may be 0.01 apart" in said) == bf16 and ("a sum has no fixed order" in said) == ("AMD" in where[1] or bf16)
 
 
 def test_what_pins_a_source_is_passed_on():

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, check_refusal, load, run, start, write_rows
 from datasets import Dataset
 from helpers import OPTIONS, call, measure, read, read_losses, read_rows
+from peft.tuners.lora import LoraLayer, LoraModel
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -328,6 +329,68 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path
     model, tokenizer = generate.load_model(str(adapter), None, "float32")
     question = ["what color is the sky"]
     assert generate.generate(model, tokenizer, question, False, max_new_tokens=4, do_sample=False)[0].strip() == "blue"
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["05_generate.py", "06_pipeline_infer.py"])
+def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
+    name, bf16, accelerator, trained, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    record = read(folder / "run.json")
+    record["arguments"]["bf16"] = bf16
+    (folder / "run.json").write_text(json.dumps(record))
+    script, loaded = load(name), []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    from_pretrained = script.AutoModelForCausalLM.from_pretrained
+
+    def load_here(*args, dtype, device_map=None, **options):
+        loaded.append(dtype)
+        return from_pretrained(*args, dtype="float32", **options)
+
+    def note_merge(model):
+        loaded.append("merged")
+        return merge(model)
+
+    merge = LoraModel.merge_and_unload
+    monkeypatch.setattr(LoraModel, "merge_and_unload", note_merge)
+    monkeypatch.setattr(script.AutoModelForCausalLM, "from_pretrained", load_here)
+    question = ["--prompt", "what color is the sky", "--max_new_tokens", 4, "--output", tmp_path / "answer.jsonl"]
+    call(name, "--model_name_or_path", folder / "adapter", *question)
+    stored = "bfloat16" if bf16 else "auto"
+    assert loaded == ([stored, "merged"] if accelerator else ["float32"])
+    assert read_rows(tmp_path / "answer.jsonl")[0]["answer"].strip() == "blue"
+    loaded.clear()
+    call(name, "--model_name_or_path", folder / "adapter", *question, "--dtype", "float32")
+    assert loaded[0] == "float32"
+
+
+def test_compiled_layers_learn_the_same_from_rows_of_any_length(tiny_model, question_rows, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compiled.append((layer, options)))
+    for script in ("02_train_lora.py", "03_train_full.py"):
+        command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--max_steps", 1]
+        for options, count in ((["--compile_layers", "true"], 2), ([], 0)):
+            call(script, *command, *options, "--output_dir", tmp_path / "out")
+            assert len(compiled) == count  # the layers of the model, and nothing around them
+            assert all(how == {"dynamic": True} and "Layer" in type(layer).__name__ for layer, how in compiled)
+            compiled.clear()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_peft_casts_nothing_where_autocast_does(bf16, tiny_model, question_rows, tmp_path, monkeypatch):
+    module, seen = load("02_train_lora.py"), []
+
+    class Trainer(module.TokenLossTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.extend(layer.cast_input_dtype_enabled for layer in model.modules() if isinstance(layer, LoraLayer))
+            return super().compute_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "TokenLossTrainer", Trainer)
+    command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", tmp_path / "out"]
+    call("02_train_lora.py", *command, "--max_steps", 1, "--bf16", bf16, *(["--use_cpu", "true"] if bf16 else []))
+    assert set(seen) == {not bf16}
 
 
 BAD_TRAINING = {

@@ -222,6 +222,51 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
     assert row["tokens"] == 700 and row["fits"] is False
 
 
+@pytest.mark.parametrize(
+    ("hip", "method", "optim", "said"),
+    [
+        (
+            "7.2",
+            "full",
+            "paged_adamw_32bit",
+            "7.6 GiB of state, which AMD's driver may leave in the memory of the host",
+        ),
+        ("7.2", "full", "adamw_torch_fused", None),
+        ("7.2", "lora", "paged_adamw_32bit", None),  # a few MB
+        (None, "full", "paged_adamw_32bit", None),
+    ],
+)
+def test_a_paged_optimizer_of_all_weights_is_no_bargain_on_amd(hip, method, optim, said, tmp_path, monkeypatch, capsys):
+    gpus = [{"name": "AMD Instinct MI300X", "memory_bytes": 192 * 2**30, "free_bytes": 191 * 2**30, "arch": "gfx942"}]
+    facts = {"available": True, "hip": hip, "gpus": gpus}
+    passed = {"status": "passed", "facts": facts}
+    monkeypatch.setattr(script.doctor, "run_probe", lambda *args: passed)
+    model = save_config(tmp_path / "llama", num_hidden_layers=4)
+    monkeypatch.setattr("sys.argv", ["p", "--model", model, "--method", method, "--", "--optim", optim])
+    script.main()
+    printed = capsys.readouterr().out
+    if said:
+        assert said in printed and "On the accelerator, which fits: --optim adamw_torch_fused" in printed
+    else:
+        assert "PCIe" not in printed
+
+
+def test_ligers_kernels_keep_less():
+    """On an NVIDIA H100, Llama-2-7B's width in 16 layers, batches of 4 x 1024, PyTorch counted 15.45 GiB with Liger's
+    kernels and 17.79 without, 57.56 without LoRA (docs/performance.md)."""
+    config = LlamaConfig(num_hidden_layers=16).to_dict()
+    fast = settings(bf16=True, optim="adamw_torch_fused")
+    measured = (
+        ("lora", fast | {"dtype": "bfloat16"}, 17.79),
+        ("lora", fast | {"dtype": "bfloat16", "use_liger_kernel": True}, 15.45),
+        ("full", fast | {"use_liger_kernel": True}, 57.56),
+        ("lora", settings(), 31.20),
+    )
+    for method, options, gib in measured:
+        predicted = script.predict_memory(config, method, options, 1024, "gpu")["allocated"] / 2**30
+        assert predicted == pytest.approx(gib, rel=0.015)
+
+
 def test_on_an_accelerator_the_loss_in_chunks_is_offered_before_what_takes_more_time(tmp_path):
     qwen = save_config(tmp_path / "qwen", hidden_size=1024, intermediate_size=3072, vocab_size=151936)
     command = ["--model", qwen, "--method", "lora", "--memory", "17", "--", "--optim", "adamw_torch", "--bf16", "true"]

@@ -128,6 +128,20 @@ def judge_needs(settings: dict, timeout: float) -> tuple[str, str] | None:
     return None
 
 
+def advise_optimizer(prediction: dict, config: dict, torch: dict | None, memory: int) -> str:
+    """What to take for an optimizer whose paged state stays in the memory of the host, as on AMD without XNACK."""
+    settings, state = prediction["settings"], prediction["bytes"]["optimizer"]
+    if prediction["method"] != "full" or not settings["optim"].startswith("paged") or not (torch or {}).get("hip"):
+        return ""
+    fused = settings | {"optim": "adamw_torch_fused"}
+    peak = predict_memory(config, "full", fused, prediction["tokens"], "gpu")["peak"]
+    verdict = "which fits" if fits(peak, "gpu", memory) else "which does not fit"
+    said = (
+        f"{settings['optim']}: {state / 2**30:.1f} GiB of state, which AMD's driver may leave in the memory of the host"
+    )
+    return f"{said} and move over PCIe at each step. On the accelerator, {verdict}: --optim adamw_torch_fused"
+
+
 def read_training(args: argparse.Namespace, config: dict) -> tuple[str, dict, int]:
     """Method, settings and the tokens of the longest row of the one training; names the options that do not count."""
     method = args.method.removeprefix("q")
@@ -196,16 +210,19 @@ def main() -> None:
             for batch in args.batch
             for tokens in args.length
         ]
+    torch = None if args.memory else doctor.run_probe("torch", args.timeout).get("facts")
     if args.memory:
         where, name, memory = "gpu", f"{args.memory:g} GiB", int(args.memory * 2**30)
     else:
-        where, name, memory = find_memory(doctor.run_probe("torch", args.timeout).get("facts"), args.root)
+        where, name, memory = find_memory(torch, args.root)
     predictions, findings = [], []
     if reason := unknown_to(config, trainings[0][2]["lora_target_modules"]):
         print(f"No prediction of the memory for {args.model}: {reason}. The formulas are for Llama-like decoders.")
     else:
         print(f"{args.model}: {count_weights(config, [], 0)['total']:,} parameters. GiB, {name}: {memory / 2**30:.1f}")
         predictions = predict_all(trainings, config, where, memory)
+        if args.method and (advice := advise_optimizer(predictions[0], config, torch, memory)):
+            print(advice)
     if args.method:
         findings = [judge_memory(each, config, where, name, memory) for each in predictions]
         findings = list(filter(None, [*findings, judge_needs(settings, args.timeout)]))
