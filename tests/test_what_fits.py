@@ -229,7 +229,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
             "7.2",
             "full",
             "paged_adamw_32bit",
-            "7.6 GiB of state, which AMD's driver may leave in the memory of the host",
+            "8.0 GiB of state, which AMD's driver may leave in the memory of the host",
         ),
         ("7.2", "full", "adamw_torch_fused", None),
         ("7.2", "lora", "paged_adamw_32bit", None),  # a few MB

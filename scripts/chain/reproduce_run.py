@@ -19,8 +19,8 @@ from folders import fail, make_parser, write_json, write_text
 from records import read_run
 
 # On an accelerator kernels that add in whatever order they end, other kernels for another card, and products that are
-# cut into other parts round otherwise. Seen, of a logged loss: nothing between two runs on an H100, 7.5e-4 of it between
-# an H100 and a CPU in 114 steps in float32; in bfloat16 a rounding is 4e-3 of a value.
+# cut into other parts round otherwise. Seen, of a logged loss: nothing between two runs on an H100, and in 114 steps in
+# float32 7.5e-4 of it between an H100 and a CPU. In bfloat16 a rounding is 4e-3 of a value.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2}
 TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
 # What is given anew: paths, and what belongs to the machine or to one process.
