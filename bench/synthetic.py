@@ -17,7 +17,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 SIZES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=2000),
-    "llama2-7b-half": dict(num_hidden_layers=16, vocab_size=32000),  # the rest is LlamaConfig's default, Llama-2-7B
+    "llama2-7b": dict(vocab_size=32000),  # the rest is LlamaConfig's default
+    "llama2-7b-half": dict(num_hidden_layers=16, vocab_size=32000),
 }  # fmt: skip
 # Tokens of the rows of mlabonne/guanaco-llama2-1k, cut at 1024, at each twentieth of them: 62 is longer than 5 %.
 # Counted with a tokenizer of 32,000 words that was trained on those rows.

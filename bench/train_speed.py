@@ -2,7 +2,8 @@
 
     make bench
     make bench ARGS="--data guanaco.parquet --rows 200 --rounds 3 --only 'bare loop' --only 'script, fast'"
-    make bench ARGS="--size llama2-7b --data guanaco.parquet"   # on an accelerator, from nothing but a config
+    make bench DEVICE=gpu PRICE=3       # on an accelerator that costs 3 dollars an hour, from nothing but data/
+    make bench ARGS="--size llama2-7b --data guanaco.parquet"    # on an accelerator, the tokenizer trained on the rows
 
 All train the tutorial's LoRA adapter (r=64, alpha 16, dropout 0.1), or all parameters with --full, for one epoch:
 
@@ -13,35 +14,48 @@ script, fast        the same with the recipe fast of this machine
 fast, VARIANT       with --variants: the recipe fast with one setting changed, for what each of them gains
 trl sft             TRL's script sft.py, which its command line starts, with the tutorial's values
 trl sft, defaults   the same with TRL's own values
+trl sft, bfloat16   trl sft as with --dtype bfloat16; this one and the next with --device gpu or --only
+script, qlora       02_train_lora.py with env/recipes/qlora.yaml, but with a step for each batch as the others
 tutorial            the tutorial's snippets (tutorial_snippet.py)
 Trainer             transformers' own Trainer with the tutorial's values (plain_trainer.py)
 LLaMA-Factory, litgpt, torchtune    with --peers, each in an environment of its own, which is made here
 
-Each runs in a process of its own, in turn, --rounds times, every other time in reverse. None saves a checkpoint; what
-is made and trained lies in the temporary folder (TMPDIR) until the end: with --size llama2-7b 14 GB, with --full 27 GB
-more. Real tokens are those of the rows, each cut at --max_length; padding is never counted. tokens/s is real tokens
-over the time from the first forward pass to the last step: what is compiled in the first step counts, so give enough
-rows. The rows are tokenized anew each time, and the time to the first step is the least of the rounds: what runs first
-reads its files from the disk. Memory of an accelerator is PyTorch's: where it is paged, the state of the optimizer is
-not in it.
-MFU (model FLOPs utilisation) is the share of the matmul peak that the model's arithmetic takes: the most that a product
-of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16 where it multiplies in that. For a
-token, the forward takes 2 operations for each weight of a matrix and, for causal attention, 2 x layers x query size x
-length; the backward 2 for each weight, 2 more for each that is trained, and for attention twice what the forward took.
-What is computed twice with gradient checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
+--device gpu is the short way on an accelerator, estimated at 5 minutes on an H100: six of the above, once, on 160 rows
+of up to 1024 tokens, with a model of Llama-2-7B's width in half of its layers. Without --model and --data, synthetic.py
+makes the model and the rows of nothing but data/.
+
+Each runs in a process of its own, in turn, --rounds times, every other time in reverse. What runs out of memory is not
+run again, and stays in the table. None saves a checkpoint; what is made and trained lies in the temporary folder
+(TMPDIR) until the end: with --size llama2-7b 14 GB, with --full 27 GB more, with llama2-7b-half half of that. Real
+tokens are those of the rows, each cut at --max_length; padding is never counted. tokens/s is real tokens over the time
+from the first forward pass to the last step: what is compiled in the first step counts, so give enough rows; a price is
+that of the same time. The rows are tokenized anew each time, and the time to the first step is the least of the rounds:
+what runs first reads its files from the disk. Memory of an accelerator is PyTorch's, what tensors took and what was
+reserved for them: where it is paged, the state of the optimizer is not in it.
+TFLOP/s are those that the arithmetic of the model takes. MFU (model FLOPs utilisation) is their share of the matmul
+peak: the most that a product of two 2048 x 2048 matrices reaches here (8192 x 8192 on an accelerator), of bfloat16
+where it multiplies in that. What the maker names as the peak is in machine.py. For a token, the forward takes 2
+operations for each weight of a matrix and, for causal attention, 2 x layers x query size x length; the backward 2 for
+each weight, 2 more for each that is trained, and for attention twice what the forward took. What is computed twice with
+gradient checkpointing does not count (PaLM, arXiv 2204.02311, appendix B).
 Writes speed.json, speed.md and speed.png to --output_dir; speed-full.* with --full.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import synthetic
 
 BENCH = Path(__file__).resolve().parent
 SCRIPTS = BENCH.parent / "scripts"
@@ -64,13 +78,18 @@ VARIANTS = {
     "4-bit weights": "--load_in_4bit true --use_bnb_nested_quant true",
     "torch.compile": "--torch_compile true",
 }
+# With --device gpu, where nothing else is asked for. docs/performance.md has the estimate of the time.
+SHORT = {"size": "llama2-7b-half", "model": None, "data": None, "rows": 160, "max_length": 1024, "rounds": 1}
+SHORT_CONTENDERS = ("bare loop, fast", "script", "script, fast", "trl sft", "trl sft, bfloat16", "script, qlora")
+# As PyTorch says it of accelerators and of the CPU, Python, and the system, which else kills (SIGKILL).
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can(not|'t) allocate memory", re.IGNORECASE)
 LORA = ["--use_peft", "--lora_r", "64", "--lora_alpha", "16", "--lora_dropout", "0.1"]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", choices=["embedded", "tiny", "llama2-7b"], default="embedded", help="embedded: the weights "
+    add("--size", choices=["embedded", *synthetic.SIZES], default="embedded", help="embedded: the weights "
         "of --model; else random weights (default: embedded)")  # fmt: skip
     add("--model", type=Path, default=Path("outputs/base-model"), help="model folder, also of the tokenizer "
         "(default: outputs/base-model)")  # fmt: skip
@@ -79,7 +98,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_length", type=int, default=512, help="tokens of a row (default: 512)")
     add("--batch_size", type=int, default=4, help="rows of a batch (default: 4)")
     add("--rounds", type=int, default=2, help="how often each is run (default: 2)")
-    add("--device", choices=["auto", "cpu"], default="auto", help="cpu: though there is an accelerator (default: auto)")
+    add("--device", choices=["auto", "cpu", "gpu"], default="auto", help="cpu: though there is an accelerator; gpu: an "
+        "accelerator, with other defaults, see above (default: auto)")  # fmt: skip
+    add("--price", type=float, metavar="DOLLARS", help="of an hour of this machine, for the price of the tokens")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of bare loop, trl sft, peers: bfloat16 "
         "is autocast, on frozen weights of bfloat16 with LoRA, in litgpt of float32; in torchtune all is bfloat16, "
         "what is trained too (default: float32)")  # fmt: skip
@@ -89,6 +110,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--peers", action="store_true", help="other projects too; each environment takes up to 6 GB in --output_dir")
     add("--only", action="append", help="one of those above; may be repeated")
     add("--output_dir", type=Path, default=Path("outputs/bench"), help="folder of the results")
+    if parser.parse_known_args()[0].device == "gpu":
+        parser.set_defaults(**SHORT)
     return parser.parse_args()
 
 
@@ -101,22 +124,17 @@ if __name__ == "__main__":
 import torch
 import yaml
 from datasets import load_dataset
-from machine import check_model, describe_machine, format_machine, name_model
+from machine import DATA_SHEET, check_model, describe_machine, format_machine, name_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 GPU = torch.cuda.is_available()
-SIZES = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
-    "llama2-7b": dict(vocab_size=32000),  # the rest is LlamaConfig's default
-}
 
 
-def read_texts(args) -> list[str]:
+def read_texts(args, model: Path, data: str) -> list[str]:
     """The first rows as texts that end with EOS, as TRL would end them."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = Path(args.data)
-    kind = "" if data.is_dir() else data.suffix[1:].replace("jsonl", "json")
-    source = {"path": kind, "data_files": args.data} if kind else {"path": args.data}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    kind = "" if Path(data).is_dir() else Path(data).suffix[1:].replace("jsonl", "json")
+    source = {"path": kind, "data_files": data} if kind else {"path": data}
     try:
         rows = load_dataset(**source, split="train")
     except Exception as error:  # each kind of file raises its own
@@ -141,7 +159,7 @@ def make_model(args, texts: list[str], folder: Path) -> Path:
     if args.size == "embedded":
         return args.model.resolve()
     torch.manual_seed(0)
-    sizes = SIZES[args.size]
+    sizes = synthetic.SIZES[args.size]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ends = tokenizer.eos_token
     tokenizer = tokenizer.train_new_from_iterator(texts, sizes["vocab_size"])
@@ -150,9 +168,6 @@ def make_model(args, texts: list[str], folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    del model
-    if GPU:
-        torch.cuda.empty_cache()  # all of it is for those that are measured
     return folder
 
 
@@ -198,6 +213,13 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
         "tutorial": (snippet, False),
         "Trainer": ([BENCH / "plain_trainer.py", folder / "plain.json"], False),
     }
+    usual = SHORT_CONTENDERS if args.device == "gpu" else [*commands]
+    in_bf16 = ["--bf16", "true", *([] if args.full else ["--dtype", "bfloat16"]), *on_cpu]
+    commands["trl sft, bfloat16"] = ([*trl, *TUTORIAL, *in_bf16], True)
+    if not args.full:
+        qlora = [*ours, "--config", SCRIPTS.parent / "env/recipes/qlora.yaml", "--gradient_accumulation_steps", 1]
+        commands["script, qlora"] = (qlora, GPU and like_fast["bf16"])  # what its weights are multiplied in
+    others = [name for name in commands if name not in usual]
     if args.variants:
         for name, options in VARIANTS.items():
             if not (args.full and name == "4-bit weights"):  # which are not trained
@@ -208,7 +230,8 @@ def list_commands(args, model: Path, rows: Path, folder: Path) -> dict[str, tupl
     if unknown := set(args.only or []) - set(commands):
         names = ", ".join(map(repr, commands))
         sys.exit(f"error: there is no {min(unknown)!r}, but: {names}. More there are with --peers and with --variants.")
-    return {name: command for name, command in commands.items() if not args.only or name in args.only}
+    only = args.only or commands.keys() - others
+    return {name: command for name, command in commands.items() if name in only}
 
 
 def make_environment(name: str, output_dir: Path) -> Path | None:
@@ -228,7 +251,7 @@ def make_environment(name: str, output_dir: Path) -> Path | None:
 
 
 def measure(command: list, python: Path, folder: Path) -> dict | None:
-    """What timed.py wrote; None: the command failed."""
+    """What timed.py wrote, with out_of_memory where that ended the command; None: it failed for another reason."""
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     command = [str(part) for part in (python, BENCH / "timed.py", out, *command)]
@@ -236,8 +259,11 @@ def measure(command: list, python: Path, folder: Path) -> dict | None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     for name in ("run", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    found = json.loads(out.read_text()) if out.is_file() else {}
     if result.returncode == 0:
-        return json.loads(out.read_text())
+        return found
+    if result.returncode == -signal.SIGKILL or OUT_OF_MEMORY.search(result.stderr[-2000:]):
+        return found | {"out_of_memory": True}
     print(f"failed: {' '.join(command)}\n{result.stderr[-2000:]}", file=sys.stderr)
     return None
 
@@ -259,14 +285,17 @@ def measure_matmul(dtype: torch.dtype) -> float:
     return best
 
 
-def count_flops(model: Path, lengths: list[int], full: bool) -> float:
-    """Floating-point operations of forward and backward over rows of these lengths; see the docstring of this file."""
+def count_flops(model: Path, lengths: list[int], full: bool, all_linear: bool = False) -> float:
+    """Floating-point operations of forward and backward over rows of these lengths; see the docstring of this file.
+
+    all_linear: where the adapter is beside each linear layer, not on q_proj and v_proj alone.
+    """
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         modules = [*AutoModelForCausalLM.from_config(config).named_modules()]
     weights = [(part, weight) for _, part in modules for weight in part.parameters(recurse=False) if weight.dim() == 2]
     base = sum(weight.numel() for part, weight in weights if not isinstance(part, torch.nn.Embedding))
-    targets = [part for name, part in modules if name.endswith((".q_proj", ".v_proj"))]
+    targets = [part for name, part in modules if name.endswith(("_proj",) if all_linear else (".q_proj", ".v_proj"))]
     adapter = 0 if full else sum(64 * (part.in_features + part.out_features) for part in targets)
     heads = config.num_attention_heads
     query = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -275,13 +304,19 @@ def count_flops(model: Path, lengths: list[int], full: bool) -> float:
     return sum(lengths) * (4 * (base + adapter) + 2 * (base if full else adapter)) + 3 * attention
 
 
-def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> list[dict]:
-    """Medians over the runs of each contender."""
+def summarize(args, runs: dict, commands: dict, lengths: list[int], flops: dict, peaks: dict) -> list[dict]:
+    """Medians over the runs of each contender, or that the memory did not suffice."""
     table = []
+    sheet = DATA_SHEET.get(torch.cuda.get_device_name(), {}) if GPU else {}
     for name, each in runs.items():
+        if each[-1].get("out_of_memory"):
+            memory = {key: each[-1].get(key) for key in ("peak_memory_bytes", "reserved_memory_bytes")}
+            table.append({"what": name, "out_of_memory": True} | memory)
+            continue
         steps = sorted(seconds for run in each for seconds in run["step_seconds"])
         seconds = statistics.median(sum(run["step_seconds"]) for run in each)
-        peak = peaks["bfloat16" if commands[name][1] else "float32"]
+        dtype = "bfloat16" if commands[name][1] else "float32"
+        speed = flops[name] / seconds
         losses = each[-1]["losses"]
         if name == "torchtune":  # which multiplies each with the number of its labels, and then divides the gradients
             losses = [sum(losses) / (sum(lengths) - len(lengths))]
@@ -294,33 +329,49 @@ def summarize(runs: dict, commands: dict, lengths: list[int], flops: float, peak
                 "samples_per_second": len(lengths) / seconds,
                 "step_seconds": {"10%": low, "median": statistics.median(steps), "90%": high},
                 "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in each),
-                "mfu": flops / seconds / peak,
+                "reserved_memory_bytes": statistics.median(run["reserved_memory_bytes"] for run in each),
+                "tflops": speed / 1e12,
+                "mfu": speed / peaks[dtype],
+                "of_data_sheet": speed / 1e12 / sheet[dtype] if sheet else None,
                 "mean_loss": statistics.mean(losses),
                 "first_step_at": min(run["first_step_at"] for run in each),
+                "dollars_per_million_tokens": args.price and args.price / 3600 * seconds / sum(lengths) * 1e6,
             }
         )
     return table
 
 
 def write_table(table: list[dict]) -> str:
-    columns = ("what", "real tokens/s", "each round", "samples/s", "step, s: median (10 to 90 %)", "peak memory, GiB")
-    columns += ("MFU", "mean loss", "first step after, s")
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    """With the columns of an accelerator or of a price where there is one."""
+    rows = []
     for row in table:
-        step = row["step_seconds"]
-        cells = (
-            row["what"],
-            f"{row['tokens_per_second']:.0f}",
-            ", ".join(f"{speed:.0f}" for speed in row["each_round"]),
-            f"{row['samples_per_second']:.2f}",
-            f"{step['median']:.2f} ({step['10%']:.2f} to {step['90%']:.2f})",
-            f"{row['peak_memory_bytes'] / 2**30:.2f}",
-            f"{row['mfu']:.2f}",
-            f"{row['mean_loss']:.4f}",
-            f"{row['first_step_at']:.1f}",
+        allocated, reserved = (
+            "" if row[name] is None else f"{row[name] / 2**30:.2f}"
+            for name in ("peak_memory_bytes", "reserved_memory_bytes")
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        memory = {"allocated, GiB": allocated, "reserved, GiB": reserved} if GPU else {"peak memory, GiB": allocated}
+        if row.get("out_of_memory"):
+            rows.append({"what": row["what"], "real tokens/s": "out of memory"} | memory)
+            continue
+        step, sheet, price = row["step_seconds"], row["of_data_sheet"], row["dollars_per_million_tokens"]
+        cells = {
+            "what": row["what"],
+            "real tokens/s": f"{row['tokens_per_second']:.0f}",
+            "each round": ", ".join(f"{speed:.0f}" for speed in row["each_round"]),
+            "samples/s": f"{row['samples_per_second']:.2f}",
+            "step, s: median (10 to 90 %)": f"{step['median']:.2f} ({step['10%']:.2f} to {step['90%']:.2f})",
+            **memory,
+            **({"TFLOP/s": f"{row['tflops']:.1f}"} if GPU else {}),
+            "MFU": f"{row['mfu']:.2f}",
+            **({"of the data sheet": f"{sheet:.2f}" if sheet else ""} if GPU else {}),
+            "mean loss": f"{row['mean_loss']:.4f}",
+            "first step after, s": f"{row['first_step_at']:.1f}",
+            **({"$ a million tokens": f"{price:.4f}"} if price else {}),
+        }
+        rows.append(cells)
+    columns = max(rows, key=len)
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(table: list[dict], title: str, file: Path) -> None:
@@ -332,14 +383,15 @@ def draw(table: list[dict], title: str, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(table)), layout="constrained")
     rows = table[::-1]
     colors = ["tab:red" if row["what"].startswith("script") else "tab:gray" for row in rows]
-    bars = axes.barh([row["what"] for row in rows], [row["tokens_per_second"] for row in rows], color=colors)
-    axes.bar_label(bars, fmt="%.0f", padding=3)
+    speeds = [row.get("tokens_per_second", 0) for row in rows]
+    bars = axes.barh([row["what"] for row in rows], speeds, color=colors)
+    axes.bar_label(bars, [f"{speed:.0f}" if speed else "out of memory" for speed in speeds], padding=3)
     axes.set(title=title, xlabel="real tokens per second", xmargin=0.1)
     figure.savefig(file, dpi=120)
 
 
-def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, peaks: dict) -> None:
-    table = summarize(runs, commands, lengths, flops, peaks)
+def report(args, runs: dict, commands: dict, lengths: list[int], flops: dict, peaks: dict) -> None:
+    table = summarize(args, runs, commands, lengths, flops, peaks)
     model = name_model(args.model) if args.size == "embedded" else f"{args.size}, random weights"
     machine = describe_machine(model) | {
         "matmul_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
@@ -347,7 +399,8 @@ def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, p
         "rows": len(lengths),
         "real_tokens": sum(lengths),
     }
-    what = f"{'all parameters' if args.full else 'LoRA'}, {len(lengths)} rows of {args.data} cut at {args.max_length}"
+    what = f"{'all parameters' if args.full else 'LoRA'}, {len(lengths)} "
+    what += f"{f'rows of {args.data}' if args.data else 'made rows'} cut at {args.max_length}"
     text = f"{format_machine(machine)}\n{what}, {sum(lengths)} real tokens, batches of {args.batch_size}, "
     text += ", ".join(f"{dtype} matmul {peak / 1e12:.3f} TFLOP/s" for dtype, peak in peaks.items())
     text += f"\n\n{write_table(table)}"
@@ -361,17 +414,31 @@ def report(args, runs: dict, commands: dict, lengths: list[int], flops: float, p
 
 def main() -> None:
     args = parse_arguments()
-    check_model(args.model, "bench")
+    if args.device == "gpu" and not GPU:
+        sys.exit("error: PyTorch finds no accelerator. Type: make check-gpu, or leave DEVICE=gpu out.")
+    if args.model:
+        check_model(args.model, "bench")
+    elif args.size == "embedded":
+        sys.exit("error: --size embedded takes the weights of a model. Give a folder: --model FOLDER")
     if min(args.rows, args.max_length, args.batch_size, args.rounds) < 1:
         sys.exit("error: --rows, --max_length, --batch_size and --rounds are at least 1.")
+    if args.price is not None and not 0 < args.price < math.inf:
+        sys.exit("error: the price of an hour is above 0: --price DOLLARS, or PRICE=DOLLARS")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "rows").mkdir()
-        texts = read_texts(args)
-        rows = folder / "rows/train.jsonl"
+        rows, model = folder / "rows/train.jsonl", folder / "model"
+        if not args.model:
+            synthetic.make_model(args.size, model)
+        if not args.data:
+            synthetic.make_rows(rows.parent, min(args.max_length, 1024))
+        texts = read_texts(args, args.model or model, args.data or str(rows))
         rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        model = make_model(args, texts, folder / "model")
+        if args.model:
+            model = make_model(args, texts, model)
+        if GPU:
+            torch.cuda.empty_cache()  # all of it is for those that are measured
         tokenizer = AutoTokenizer.from_pretrained(model)
         lengths = [len(tokenizer(text).input_ids[: args.max_length]) for text in texts]
         commands = list_commands(args, model, rows, folder)
@@ -379,13 +446,17 @@ def main() -> None:
             what: make_environment(what, args.output_dir) if what in PEERS else sys.executable for what in commands
         }
         runs = {what: [] for what in commands}
-        flops, peaks = count_flops(model, lengths, args.full), {}
-        steps, failed = len(texts) // args.batch_size, set()
+        flops = {what: count_flops(model, lengths, args.full, what == "script, qlora") for what in commands}
+        peaks, steps, failed = {}, len(texts) // args.batch_size, set()
         for number in range(args.rounds):
             for what in [*commands][:: -1 if number % 2 else 1]:
-                if not pythons[what] or what in failed:
+                if not pythons[what] or what in failed or any(run.get("out_of_memory") for run in runs[what]):
                     continue
                 run = measure(commands[what][0], pythons[what], folder)
+                if run and run.get("out_of_memory"):
+                    runs[what].append(run)
+                    print(f"round {number + 1}: {what} ran out of memory", flush=True)
+                    continue
                 if run and len(run["step_seconds"]) != steps and what != "fast, packing":
                     print(f"failed: {what} made {len(run['step_seconds'])} steps, not {steps}", file=sys.stderr)
                     run = None

@@ -353,6 +353,17 @@ def bench(monkeypatch, tmp_path) -> dict:
     return defined
 
 
+def timed(steps: list[float]) -> dict:
+    """What timed.py would write."""
+    found = {"step_seconds": steps, "first_step_at": 1.0, "losses": [1.0] * len(steps)}
+    return found | {"peak_memory_bytes": 2**30, "reserved_memory_bytes": 2**31}
+
+
+def fake_accelerator(bench: dict, monkeypatch, device: str) -> None:
+    monkeypatch.setitem(bench["main"].__globals__, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+
+
 def run_bench(bench: dict, monkeypatch, *args) -> None:
     monkeypatch.setattr("sys.argv", ["train_speed.py", *map(str, args)])
     bench["main"]()
@@ -382,23 +393,25 @@ def test_the_bench_measures_what_it_names(bench, tiny_model, tmp_path, monkeypat
     assert Path(tmp_path / "bench/speed.md").read_text().count("\n| ") >= len(names)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, bench, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+def test_the_operations_that_are_counted_are_those_that_pytorch_counts(method, bench, tmp_path):
     config = LlamaConfig(
         vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=12, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24, attn_implementation="eager", tie_word_embeddings=True,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     model = LlamaForCausalLM(config)
-    if not full:
-        model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, task_type="CAUSAL_LM"))
+    if method != "full":
+        targets = "all-linear" if method == "qlora" else None
+        model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
     length = 48
     ids = torch.arange(length).view(1, length)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     # Eager attention computes the half that is masked too. Into the first layer no gradient flows back.
     masked = 3 * 12 * 2 * 4 * 24 * length**2
-    assert bench["count_flops"](tmp_path, [length], full) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = bench["count_flops"](tmp_path, [length], method == "full", method == "qlora")
+    assert counted + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +425,9 @@ def test_the_operations_that_are_counted_are_those_that_pytorch_counts(full, ben
         ),
         (["--rounds", "0"], "error: --rows, --max_length, --batch_size and --rounds are at least 1."),
         (["--model", "none"], "error: no model in none. Type: make bench, or give a folder: --model FOLDER"),
+        (["--device", "gpu"], "error: PyTorch finds no accelerator. Type: make check-gpu, or leave DEVICE=gpu out."),
+        (["--price", "0"], "error: the price of an hour is above 0: --price DOLLARS, or PRICE=DOLLARS"),
+        (["--price", "inf"], "error: the price of an hour is above 0"),
     ],
 )
 def test_what_the_bench_cannot_measure_is_named(options, said, bench, tiny_model, tmp_path, monkeypatch):
@@ -430,7 +446,7 @@ def test_a_run_that_stops_short_is_no_measurement(bench, tiny_model, tmp_path, m
         asked.append(Path(command[0]).stem)
         # Two steps are due; the second round is in reverse.
         steps = [1.0] if len(asked) == 3 else [1.0, 1.0]
-        return {"step_seconds": steps, "first_step_at": 1.0, "peak_memory_bytes": 1, "losses": [1.0] * len(steps)}
+        return timed(steps)
 
     monkeypatch.setitem(names, "measure", measure)
     scripts = {"bare loop": (["bare_loop.py"], False), "Trainer": (["plain_trainer.py"], False)}
@@ -454,3 +470,103 @@ def test_the_bench_makes_a_model_of_a_size_from_nothing_but_a_config(bench, tiny
     with pytest.raises(SystemExit) as stop:
         run_bench(bench, monkeypatch, *command, "--only", "no such")
     assert "there is no 'no such', but: 'bare loop', 'bare loop, fast', " in stop.value.code
+
+
+def test_the_short_bench_of_an_accelerator_needs_nothing_but_data(bench, tmp_path, monkeypatch):
+    fake_accelerator(bench, monkeypatch, "a card")
+    command = ["--device", "gpu", "--size", "tiny", "--max_length", "64", "--rows", "20", "--output_dir", "bench"]
+    with pytest.raises(SystemExit) as stop:
+        run_bench(bench, monkeypatch, *command, "--size", "embedded")
+    assert stop.value.code.startswith("error: --size embedded takes the weights of a model.")
+    run_bench(bench, monkeypatch, *command, "--only", "bare loop, fast")
+    report = read(tmp_path / "bench/speed.json")
+    (row,) = report["table"]
+    assert row["tokens_per_second"] > 0 and report["machine"]["rows"] == 20
+    names = bench["main"].__globals__
+    lengths = [length * 64 // 1024 for length in names["synthetic"].LENGTHS]
+    assert sum(lengths) - 20 <= report["machine"]["real_tokens"] <= sum(lengths)
+    assert {path.name for path in tmp_path.iterdir()} == {"bench"}
+
+    asked = []
+    monkeypatch.setitem(names, "measure", lambda command, python, folder: asked.append(command) or timed([1.0] * 5))
+    run_bench(bench, monkeypatch, *command)
+    assert [row["what"] for row in read(tmp_path / "bench/speed.json")["table"]] == [
+        "bare loop, fast", "script", "script, fast", "trl sft", "trl sft, bfloat16", "script, qlora"
+    ]  # fmt: skip
+    assert any("qlora.yaml" in str(part) for part in asked[-1]) and "bfloat16" not in asked[3]
+    assert asked[4][-2:] == ["--dtype", "bfloat16"]
+
+
+def test_the_columns_are_those_of_the_machine(bench, monkeypatch):
+    runs = {"script": [timed([1.0, 3.0])], "script, fast": [timed([0.5, 0.5])]}
+    commands, flops = {"script": ([], False), "script, fast": ([], True)}, dict.fromkeys(runs, 200e12)
+    peaks = {"float32": 100e12, "bfloat16": 800e12}
+
+    def columns(price=None) -> tuple[str, list[str]]:
+        table = bench["summarize"](SimpleNamespace(price=price), runs, commands, [100, 300], flops, peaks)
+        header, _, *lines = bench["write_table"](table).splitlines()
+        return header, [line.strip("| ").split(" | ") for line in lines]
+
+    header, _ = columns()
+    own = "peak memory, GiB | MFU"
+    assert header == (
+        f"| what | real tokens/s | each round | samples/s | step, s: median (10 to 90 %) | {own} | mean loss | "
+        "first step after, s |"
+    )
+    header, rows = columns(price=3.6)  # a tenth of a cent each second: 4 and 1 of them for 400 tokens
+    assert header.endswith(" | first step after, s | $ a million tokens |")
+    assert [row[-1] for row in rows] == ["10.0000", "2.5000"]
+    fake_accelerator(bench, monkeypatch, "NVIDIA H100 80GB HBM3")
+    header, rows = columns()
+    own = "allocated, GiB | reserved, GiB | TFLOP/s | MFU | of the data sheet"
+    assert f" | {own} | mean loss | " in header and "peak memory" not in header
+    assert [row[5:10] for row in rows] == [
+        ["1.00", "2.00", "50.0", "0.50", f"{50 / 67:.2f}"], ["1.00", "2.00", "200.0", "0.25", f"{200 / 989:.2f}"]
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert [row[8:10] for row in columns()[1]] == [["0.50", ""], ["0.25", ""]]
+
+
+@pytest.mark.parametrize(
+    ("ending", "found"),
+    [
+        ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 172.00 MiB.')", True),
+        ("raise RuntimeError('HIP out of memory')", True),
+        ("bytearray(2**62)", True),
+        ("torch.empty(2**60)", True),  # DefaultCPUAllocator: can't allocate memory
+        ("os.kill(os.getpid(), 9)", True),
+        ("os.kill(os.getpid(), 15)", False),
+        ("raise ValueError('another')", False),
+    ],
+)
+def test_what_runs_out_of_memory_is_told_from_what_fails(ending, found, bench, tmp_path, capsys):
+    (tmp_path / "contender.py").write_text(f"import os, torch\n{ending}\n")
+    run = bench["measure"]([tmp_path / "contender.py"], sys.executable, tmp_path)
+    assert (run or {}).get("out_of_memory", False) == found
+    assert ("failed: " in capsys.readouterr().err) != found
+    if "Error" in ending and found:
+        assert run["peak_memory_bytes"] > 2**20
+
+
+def test_what_runs_out_of_memory_stays_in_the_table(bench, tiny_model, tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", [{"text": "what color is a"}] * 8)
+    names, asked = bench["main"].__globals__, []
+    ends = {"first.py": {"peak_memory_bytes": 2**31, "out_of_memory": True}, "second.py": {"out_of_memory": True}}
+
+    def measure(command, python, folder):
+        asked.append(command[0])
+        return ends.get(command[0]) or timed([1.0, 1.0])
+
+    monkeypatch.setitem(names, "measure", measure)
+    commands = {file.removesuffix(".py"): ([file], False) for file in ("first.py", "second.py", "third.py")}
+    monkeypatch.setitem(names, "list_commands", lambda *args: commands)
+    command = ["--model", tiny_model, "--data", "rows.jsonl", "--output_dir", "bench"]
+    run_bench(bench, monkeypatch, *command)
+    assert asked == ["first.py", "second.py", "third.py", "third.py"]
+    header, _, first, second, third = (tmp_path / "bench/speed.md").read_text().splitlines()[3:]
+    assert first == "| first | out of memory |  |  |  | 2.00 |  |  |  |"
+    assert second == "| second | out of memory |  |  |  |  |  |  |  |" and header.count("|") == second.count("|")
+    assert third.startswith("| third | ") and (tmp_path / "bench/speed.png").is_file()
+    del commands["third"]
+    run_bench(bench, monkeypatch, *command)  # though none is left
+    assert "| second | out of memory |" in (tmp_path / "bench/speed.md").read_text()
