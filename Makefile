@@ -10,8 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 
 # Variables ------------------------------------------------------------------------------------------------------------
-# Each comes from the command line, else the environment, else .env, else the default given here. Values are taken as
-# they stand: nothing in them is expanded by Make.
+# Each comes from the command line, else the environment, else .env, else the default here, and is not expanded by Make.
 hash := \#
 dotenv = $(if $(wildcard .env),$(shell sed -n -E "1s/^\xEF\xBB\xBF//; s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=//p" .env \
 	| tail -n 1 | sed -E -e "/^[[:space:]]*['\"]/!s/[[:space:]]+$(hash).*//" -e 's/^[[:space:]]+//; s/[[:space:]]+$$//' \
@@ -24,7 +23,7 @@ override $(1) := $$(value $(1))
 endif
 endef
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
-$(foreach name,OUT-outputs BASE_MODEL-embedded DATASET-data VALIDATION_ROWS-0 FROM-adapter VENV-.venv ARGS REPO RESTART RUN $(build_settings),\
+$(foreach name,OUT-outputs BASE_MODEL-embedded DATASET-data VALIDATION_ROWS-0 FROM-adapter VENV-.venv ARGS REPO RESTART RUN DEVICE PRICE $(build_settings),\
 	$(eval $(call setting,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,RECIPE,$(if $(filter embedded,$(BASE_MODEL)),embedded)))
@@ -39,7 +38,7 @@ $(if $(call special,$(RECIPE)$(FROM)),$(error RECIPE=$(RECIPE) or FROM=$(FROM) h
 $(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV))$(filter . ./,$(OUT)),$(error OUT=$(OUT) and VENV=$(VENV) \
 	must each be a path without spaces and without marks that mean something to a shell, and OUT not this folder itself))
 $(if $(findstring hub_token,$(subst -,_,$(ARGS))),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
-export RUN BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
+export RUN DEVICE PRICE BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -47,8 +46,7 @@ other_out := $(if $(filter-out outputs,$(OUT)), OUT=$(OUT))
 STEP := $(PY) scripts/chain/run_step.py
 # A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
 # there is a MODEL-NAME.yaml for this base model, it is taken for NAME; where there is a NAME-full.yaml beside NAME.yaml,
-# it is the one of the training without LoRA. fast: what would be taken without RECIPE, with settings of this machine;
-# throughput and qlora get such settings too.
+# it is for train-full. fast: what would be taken without RECIPE. It, throughput and qlora get settings of this machine.
 fast := $(or $(filter fast throughput,$(RECIPE)),$(if $(filter embedded,$(BASE_MODEL)),,$(filter qlora,$(RECIPE))))
 recipe_name := $(if $(filter fast,$(RECIPE)),$(filter embedded,$(BASE_MODEL)),$(RECIPE))
 recipe_lora := $(if $(recipe_name),$(if $(filter %.yaml,$(recipe_name)),$(recipe_name),$(or \
@@ -127,7 +125,7 @@ help: ## this list
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables (README), on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$$BASE_MODEL DATASET=$$DATASET VALIDATION_ROWS=$$VALIDATION_ROWS RECIPE=$(RECIPE) FROM=$(FROM) ARGS= RESTART="
-	echo "  REPO=$$REPO RUN=$$RUN PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
+	echo "  REPO=$$REPO RUN=$$RUN DEVICE=$$DEVICE PRICE=$$PRICE PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm|preinstalled)
 	@echo "$(VENV) is up to date"
@@ -183,12 +181,13 @@ test-faults: $(VENV)/tested ## kill, fill the disk, damage files, cut the power,
 	@FAULTS=full $(PY) -m pytest $(foreach name,faults resume runner bad_input security,tests/test_$(name).py) -v -s -p no:warnings $(ARGS)
 gpu-check: ## prove each path on the accelerator in 8 minutes, and measure it; without setup in PYTHON, which needs torch
 	@$(if $(wildcard $(VENV)/installed),$(PY),$(PYTHON)) bench/gpu_check.py --output_dir $(OUT)/check $(ARGS)
-bench: $(call result,base-model) $(call result,dataset) | $(ready) ## compare the training speed with what else could be run, of train-full with FROM=full
-	$(PY) bench/train_speed.py --model $(OUT)/base-model --data $(OUT)/dataset --output_dir $(OUT)/bench $(if $(filter full,$(FROM)),--full) $(ARGS)
+bench: $(if $(filter gpu,$(DEVICE)),,$(call result,base-model) $(call result,dataset)) | $(ready) ## compare the training speed with what else could be run, of train-full with FROM=full, in minutes with DEVICE=gpu
+	$(PY) bench/train_speed.py $(if $(filter gpu,$(DEVICE)),,--model $(OUT)/base-model --data $(OUT)/dataset) --output_dir $(OUT)/bench \
+		$(if $(DEVICE),--device="$$DEVICE") $(if $(PRICE),--price="$$PRICE") $(if $(filter full,$(FROM)),--full) $(ARGS)
 bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generation, merge and conversion
-	$(PY) bench/step_speed.py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
 bench-growth: $(call result,base-model) | $(ready) ## measure how time and memory grow with rows and length
-	$(PY) bench/growth.py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
+bench-steps bench-growth:
+	$(PY) bench/$(if $(filter %-steps,$@),step_speed,growth).py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 lock: ## pin the packages anew for each backend, after a change of env/requirements*.txt

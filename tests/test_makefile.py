@@ -59,7 +59,7 @@ esac
 """
 VARIABLES = (
     "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
-    "REPO RUN VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
+    "REPO RUN DEVICE PRICE VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
     "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
 )
 # The audit of the data, and the prediction of the memory.
@@ -662,3 +662,26 @@ def test_the_recipe_fast_is_chosen_for_the_machine_before_a_training(project):
     project.make("train-lora", "RECIPE=fast", f"BASE_MODEL={model}")
     choose = next(command for command in project.commands() if "choose_fast" in command)
     assert choose.startswith(f"scripts/chain/choose_fast.py --method lora --output {chosen} -- ")
+
+
+def test_the_short_bench_of_an_accelerator_downloads_nothing(project):
+    assert project.make("bench", "DEVICE=gpu", "ARGS=--rows 8").returncode == 0
+    assert project.steps() == ["00_check_gpu", "train_speed"]
+    short = "bench/train_speed.py --output_dir outputs/bench --device=gpu --rows 8"
+    assert project.commands()[-1] == short
+    assert project.make("bench").returncode == 0
+    assert project.steps() == ["01_download", "read_rows", "train_speed"]
+    usual = "bench/train_speed.py --model outputs/base-model --data outputs/dataset --output_dir outputs/bench"
+    assert project.commands()[-1] == usual
+    (project.folder / ".env").write_text("DEVICE=gpu\nPRICE=1.50\n")
+    for args, environment, options in (
+        ([], {}, "--device=gpu --price=1.50"),
+        (["PRICE=3; false"], {"PRICE": "2"}, "--device=gpu --price=3; false"),
+        ([], {"DEVICE": "cpu", "PRICE": "2"}, "--device=cpu --price=2"),
+    ):
+        assert project.make("bench", *args, **environment).returncode == 0
+        assert project.commands()[-1].endswith(f" --output_dir outputs/bench {options}")
+
+
+def test_the_makefile_stays_short():
+    assert len((ROOT / "Makefile").read_text().splitlines()) <= 280
