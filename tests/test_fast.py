@@ -425,9 +425,15 @@ def test_the_operations_that_are_counted_are_those_that_pytorch_counts(method, b
         ),
         (["--rounds", "0"], "error: --rows, --max_length, --batch_size and --rounds are at least 1."),
         (["--model", "none"], "error: no model in none. Type: make bench, or give a folder: --model FOLDER"),
-        (["--device", "gpu"], "error: PyTorch finds no accelerator. Type: make check-gpu, or leave DEVICE=gpu out."),
-        (["--price", "0"], "error: the price of an hour is above 0: --price DOLLARS, or PRICE=DOLLARS"),
-        (["--price", "inf"], "error: the price of an hour is above 0"),
+        (
+            ["--device", "gpu", "--rounds", "0"],
+            "error: PyTorch finds no accelerator. Type: make check-gpu, or leave DEVICE=gpu out.",
+        ),
+        (
+            ["--price", "0", "--data", "missing"],
+            "error: the price of an hour is above 0: --price DOLLARS, or PRICE=DOLLARS",
+        ),
+        (["--price", "inf", "--data", "missing"], "error: the price of an hour is above 0"),
     ],
 )
 def test_what_the_bench_cannot_measure_is_named(options, said, bench, tiny_model, tmp_path, monkeypatch):
