@@ -141,9 +141,7 @@ download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model
 audit: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## show which tokens will be learned, and stop where the data is wrong
 	$(call audit,lora,$(ARGS))
 train-lora: $(OUT)/lora/run.json ## fine-tune with LoRA and save the adapter
-	@$(call finish,lora)
 train-full: $(OUT)/full/run.json ## fine-tune all parameters and save the model
-	@$(call finish,full)
 reproduce: | $(VENV)/installed ## train again from RUN=.../run.json alone, in another OUT, and compare
 	@$(PY) scripts/chain/reproduce_run.py "$$RUN" --output_dir $(OUT)
 	mapfile -t of < $(OUT)/reproduce.txt
@@ -152,11 +150,11 @@ reproduce: | $(VENV)/installed ## train again from RUN=.../run.json alone, in an
 	again download ARGS="$${of[4]}"
 	again "$${of[0]}" ARGS=
 	$(PY) scripts/chain/reproduce_run.py "$$RUN" --compare $(OUT)/$${of[5]}/run.json
-
 compare: $(OUT)/report/comparison.json ## set the two trainings side by side
 	@cat $(OUT)/report/comparison.md
 merge: $(OUT)/merged/run.json ## merge the adapter into the base model
-	@$(call finish,merged)
+train-lora train-full merge:
+	@$(call finish,$(patsubst train-%,%,$(@:merge=merged)))
 infer: $(call result,$(from)) | $(ready) ## answer PROMPT="..." with FROM=adapter|base|full|merged
 	$(call answer,$(FROM)) $(if $(findstring --prompts_file,$(ARGS)),,--prompt="$$PROMPT") $(ARGS)
 chat: $(call result,$(from)) | $(ready) ## keep a conversation with FROM=adapter|base|full|merged

@@ -1,6 +1,7 @@
 """The Make graph: what runs when, and how variables reach it. A stand-in for Python logs the steps and leaves files."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -348,11 +349,25 @@ def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [("embedded", "embedded-qlora"), ("org/name", "qlora"), ("../org/*", "qlora")]
+    ("model", "recipe", "written"),
+    [
+        ("embedded", "qlora", "embedded-qlora"),
+        ("org/name", "qlora", "qlora"),
+        ("../org/*", "qlora", "qlora"),
+        ("embedded", "throughput", "throughput"),
+        ("org/name", "throughput", "throughput"),
+    ],
 )
-def test_a_recipe_of_this_base_model_goes_before_that_of_any(project, model, recipe):
-    assert project.make("train-lora", f"BASE_MODEL={model}", "RECIPE=qlora").returncode == 0
-    assert f"--config env/recipes/{recipe}.yaml" in project.commands()[-3]
+def test_a_recipe_of_this_base_model_goes_before_that_of_any(project, model, recipe, written):
+    assert project.make("train-lora", f"BASE_MODEL={model}", f"RECIPE={recipe}").returncode == 0
+    audit, *_, training = [line for line in project.commands() if re.search("audit_tokens|02_train", line)]
+    assert f"--config env/recipes/{written}.yaml" in audit
+    if written == "embedded-qlora":  # whose figures are on record, in float32
+        assert f"--config env/recipes/{written}.yaml" in training and "--bf16" not in audit
+    else:  # with settings of this machine, which the audit does without
+        (chosen,) = [line for line in project.commands() if "choose_fast" in line]
+        assert f"--config env/recipes/{written}.yaml --output outputs/check/fast-lora.yaml" in chosen
+        assert "--config outputs/check/fast-lora.yaml" in training and "--bf16 false" in audit
 
 
 def test_held_out_rows_are_measured_where_there_are_any(trained):
