@@ -1,0 +1,179 @@
+"""make gpu-check: every step on the CPU, on a tiny model; and what it judges, on figures that are made up."""
+
+import json
+import runpy
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, Process
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """bench/gpu_check.py, whose processes have imported their libraries already; main(ARGUMENTS) runs it here."""
+
+    def fork(command, cwd=tmp_path, timeout=None, **options) -> subprocess.CompletedProcess:
+        if "pip" in command or command[1] == "-c":
+            return subprocess.run(command, cwd=cwd, **options)
+        if "00_check_gpu.py" in command[1]:  # whose probes are processes of their own: tests/test_check_gpu.py
+            Path(command[3]).write_text(json.dumps(DOCTOR))
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return Process(Path(command[1]), command[2:], cwd).wait()
+
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # the process that forks answers one at a time
+    defined = SimpleNamespace(**runpy.run_path(str(ROOT / "bench/gpu_check.py")))
+    names = defined.main.__globals__
+    monkeypatch.setitem(names, "subprocess", SimpleNamespace(run=fork, TimeoutExpired=subprocess.TimeoutExpired))
+
+    def main(*args) -> dict:
+        given = ["--size", "tiny", "--device", "cpu", "--output_dir", tmp_path / "check", *args]
+        monkeypatch.setattr("sys.argv", ["gpu_check.py", *map(str, given)])
+        defined.status = 0
+        try:
+            defined.main()
+        except SystemExit as stop:
+            defined.status = stop.code
+        return json.loads((tmp_path / "check/gpu.json").read_text())
+
+    defined.names, defined.run_main = names, main
+    return defined
+
+
+DOCTOR = {
+    "verdict": "ready, with warnings", "python": "3.12", "findings": [{"cause": "scipy is missing"}],
+    "torch": {"version": "2.13.0+cpu", "gpus": []}, "system": {"nvidia": {}},
+    "probes": {"matmul_fp32": {"status": "passed"}, "attention": {"status": "passed"}},
+}  # fmt: skip
+
+
+def test_each_step_is_walked_on_the_cpu(check, tmp_path):
+    report = check.run_main()
+    rows = {f"{row['step']}: {row['what']}": row for row in report["rows"]}
+    bad = [f"{name}: {row['found']}" for name, row in rows.items() if row["good"] is False]
+    assert check.status == 0 and report["good"] and not bad, "\n".join(bad)
+    # The default, and each optimizer and recipe, is stopped and gone on with.
+    for name in check.TRAININGS:
+        assert rows[f"tiny: {name}"]["good"] and rows[f"tiny: {name}, stopped and gone on with"]["value"] <= 1e-3
+    assert rows["tiny: different answers in float32"]["value"] == 1
+    for name in ("fast", "default", "QLoRA", "full fast"):
+        found = rows[f"wide: {name}"]["value"]
+        assert found["tokens_per_second"] > 0 and found["longest"]["share"] > 0 and found["allocated"] > 2**27
+        assert rows[f"wide: {name}"]["good"] is None  # of a CPU no speed is judged
+    assert len(rows["wide: fast"]["value"]["losses"]) == 40 and rows["wide: fast, loss"]["good"]
+    for dtype in ("float32", "bfloat16"):
+        assert rows[f"answers: adapter, {dtype}"]["value"]["tokens"] > 2
+    table = (tmp_path / "check/gpu.md").read_text()
+    assert all(f"| {row['step']} | {row['what']} |" in table for row in report["rows"])
+    stopped = (tmp_path / "check/gpu/tiny-LoRA-stopped143.log").read_text()
+    assert "Type the same command again" in stopped and "status 143 after" in stopped
+    assert report["doctor"]["verdict"] == "ready, with warnings"
+    assert "scipy is missing" in rows["doctor: verdict"]["found"]
+
+
+def test_what_fails_or_takes_too_long_is_a_row_and_not_the_end(check, tmp_path, monkeypatch):
+    def broken(check):
+        raise KeyError("tokens")
+
+    monkeypatch.setitem(check.names, "subprocess", subprocess)
+    monkeypatch.setitem(check.STEPS, "kernels", lambda check: check.run("broken", "-c", "1/0", limit=20))
+    monkeypatch.setitem(check.STEPS, "tiny", broken)
+    monkeypatch.setitem(
+        check.STEPS, "wide", lambda check: check.run("slow", "-c", "import time; time.sleep(60)", limit=5.5)
+    )
+    monkeypatch.setitem(check.STEPS, "answers", lambda check: check.say("the end", "reached"))
+    report = check.run_main("--only", "kernels", "tiny", "wide", "answers")
+    found = {row["step"]: row["found"] for row in report["rows"]}
+    assert "ZeroDivisionError: division by zero (kernels-broken.log)" in found["kernels"]
+    assert (found["tiny"], found["answers"]) == ("KeyError('tokens')", "reached")
+    assert "it did not end within 6 s (wide-slow.log)" in found["wide"] or "within 5 s" in found["wide"]
+    assert check.status.startswith("error: not as it should be: kernels: kernels; tiny: tiny; wide: wide.")
+    assert "status no end after" in (tmp_path / "check/gpu/wide-slow.log").read_text()
+    report = check.run_main("--only", "kernels", "answers", "--minutes", "0.05")
+    assert "left out: the 0.05 minutes are over" in report["rows"][0]["found"] and report["rows"][1]["good"] is None
+
+
+def wide(**others) -> dict:
+    """What a training of the wide model found: within each limit, but for others."""
+    longest = {"tokens": 4096, "seconds": 0.15, "tflops": 400.0, "share": 0.65}
+    found = {"tokens_per_second": 14000, "longest": longest, "losses": [10.0] * 20 + [9.0] * 20}
+    found |= {"new_over_known": 1.1, "allocated": 100, "reserved": 110, "options": []}
+    return found | others
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "bad"),
+    [
+        ("fast", {}, []),
+        ("fast", {"longest": {"tokens": 4096, "seconds": 0.3, "tflops": 200.0, "share": 0.3}}, ["fast"]),
+        ("default", {"longest": {"tokens": 4096, "seconds": 0.3, "tflops": 20.0, "share": 0.5}}, ["default"]),
+        ("fast", {"losses": [9.0] * 40}, ["fast, loss", "fast beside the default, loss of 6 steps"]),
+        ("fast", {"new_over_known": 1.5}, ["fast, a new length over a known one"]),
+        ("default", {"losses": [10.1] * 6}, ["fast beside the default, loss of 6 steps"]),
+    ],
+)
+def test_what_is_beyond_its_limit_is_said(kind, others, bad, check, monkeypatch, tmp_path):
+    def train(check, name, *how):
+        return wide(losses=[10.0] * 40 if name != "fast" else wide()["losses"]) | (others if name == kind else {})
+
+    monkeypatch.setitem(check.names, "train_wide", train)
+    monkeypatch.setitem(check.names, "judge_memory", lambda *found: None)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output_dir", str(tmp_path)])
+    one = check.Check(check.parse_arguments(), tmp_path)
+    check.check_wide(one)
+    loss = [row for row in one.rows if row["what"] in ("default, loss", "QLoRA, loss", "full fast, loss")]
+    for row in loss:  # 40 equal losses here, for the mean of the first six
+        one.rows.remove(row)
+    assert [row["what"] for row in one.rows if row["good"] is False] == bad
+    assert all(row["good"] is not None for row in one.rows if row["limit"])  # on an accelerator all is judged
+
+
+@pytest.mark.parametrize(
+    ("allocated", "reserved", "bad"),
+    [(10.5, 11, []), (11, 11, ["x, memory"]), (8.9, 11, ["x, memory"]), (10, 11.6, ["x, reserved"])],
+)
+def test_memory_is_judged_beside_its_prediction(allocated, reserved, bad, check, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output_dir", str(tmp_path)])
+    one = check.Check(check.parse_arguments(), tmp_path)
+    prediction = {"predictions": [{"bytes": {"allocated": 10 * 2**30}}]}
+    monkeypatch.setattr(one, "run", lambda *args, **how: (tmp_path / "memory.json").write_text(json.dumps(prediction)))
+    check.judge_memory(one, "x", wide(allocated=allocated * 2**30, reserved=reserved * 2**30), "lora")
+    assert [row["what"] for row in one.rows if row["good"] is False] == bad
+
+
+def test_operations_are_those_that_the_bench_counts(check, monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    count = runpy.run_path(str(ROOT / "bench/train_speed.py"))["count_flops"]
+    sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=500)
+    config = LlamaConfig(**sizes, num_key_value_heads=2)
+    config.save_pretrained(tmp_path)
+    for full in (False, True):
+        ours = check.count_operations(config.to_dict(), [4, 48], full, ["q_proj", "v_proj"])
+        assert ours == pytest.approx(count(tmp_path, [48] * 4, full), rel=1e-6)
+
+
+def test_wheels_are_carried_along(check, tmp_path, monkeypatch):
+    info = "carried-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "print('carried along')\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setitem(check.names, "subprocess", subprocess)
+    monkeypatch.setitem(check.STEPS, "kernels", lambda check: check.run("import", "-c", "import carried", limit=20))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert "No module named 'carried'" in check.run_main("--only", "kernels")["rows"][0]["found"]
+    assert check.run_main("--only", "kernels", "--wheels", tmp_path)["good"]
+    assert "carried along" in (tmp_path / "check/gpu/kernels-import.log").read_text()
+    check.run_main("--only", "kernels", "--wheels", tmp_path / "none")
+    assert check.status.startswith("error: no wheels in ")
+
+
+def test_without_an_environment_it_runs_on_the_python_that_is_named():
+    command = ["make", "-n", "gpu-check", "VENV=.venv-none", "PYTHON=python3.99", "ARGS=--size tiny --device cpu"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert printed.strip() == "python3.99 bench/gpu_check.py --output_dir outputs/check --size tiny --device cpu"
