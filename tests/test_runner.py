@@ -640,6 +640,81 @@ sys.addaudithook(hook)
     assert result.returncode == 0 and "Going on from" in result.stdout, result.stderr
 
 
+# What happens before a checkpoint is sealed
+BEFORE_SEAL = """
+import folders, threading, time
+from transformers.trainer_callback import CallbackHandler
+seal, begin, reached = folders.seal, CallbackHandler.on_step_begin, threading.Event()
+def on_step_begin(self, args, state, control):
+    if state.global_step + 1 == 13:
+        reached.set()
+    return begin(self, args, state, control)
+def late_seal(folder, *known):
+    if folder.name == "checkpoint-{number}":
+        {what}
+    return seal(folder, *known)
+CallbackHandler.on_step_begin, folders.seal = on_step_begin, late_seal
+"""
+UNTIL_13 = "assert reached.wait(20), 'the training waits'"
+FULL_DISK = "raise OSError(28, 'No space left on device', 'a.bin')"
+
+
+def list_checkpoints(folder: Path) -> dict[str, bool]:
+    """Whether they are sealed, by their names."""
+    return {path.name: (path / "SHA256SUMS").is_file() for path in sorted(folder.rglob("checkpoint-*"))}
+
+
+def test_a_training_goes_on_while_a_checkpoint_is_sealed(tiny_model, question_rows, tmp_path):
+    args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
+    result = step(tmp_path, *args, code=BEFORE_SEAL.format(number=10, what=UNTIL_13))
+    assert result.returncode == 0, result.stderr
+    assert list_checkpoints(tmp_path) == {"checkpoint-21": True}
+
+
+def test_a_kill_while_a_checkpoint_is_sealed_leaves_the_older_one(tiny_model, question_rows, tmp_path):
+    args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
+    code = BEFORE_SEAL.format(number=10, what="time.sleep(60)")
+    assert step(tmp_path, *args, step=(signal.SIGKILL, 13), code=code).returncode == -9
+    assert list_checkpoints(tmp_path) == {"checkpoint-10": False, "checkpoint-5": True}
+    result = step(tmp_path, *args)
+    assert result.returncode == 0 and "checkpoint-5\n" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("number", [5, 21])
+def test_a_seal_that_fails_ends_the_training_before_more_is_saved(number, tiny_model, question_rows, tmp_path):
+    args = train(tiny_model, question_rows, tmp_path / "out")
+    said = error(step(tmp_path, *args, code=BEFORE_SEAL.format(number=number, what=FULL_DISK)))
+    assert "a.bin" in said and "Make room, and type the same command again" in said
+    assert not (tmp_path / "out").exists()
+    assert [name for name, whole in list_checkpoints(tmp_path).items() if not whole] == [f"checkpoint-{number}"]
+
+
+def test_a_stop_waits_for_its_checkpoint_and_says_if_that_is_not_whole(tiny_model, question_rows, tmp_path):
+    args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
+    failed = step(tmp_path, *args, step=(signal.SIGTERM, 8), code=BEFORE_SEAL.format(number=8, what=FULL_DISK))
+    assert "Make room" in error(failed) and list_checkpoints(tmp_path) == {"checkpoint-5": True, "checkpoint-8": False}
+    late = BEFORE_SEAL.format(number=8, what="time.sleep(2)")
+    assert step(tmp_path, *args, step=(signal.SIGTERM, 8), code=late).returncode == 143
+    assert list_checkpoints(tmp_path) == {"checkpoint-8": True}
+
+
+def test_an_error_after_a_save_ends_when_that_is_sealed(tiny_model, question_rows, tmp_path):
+    code = BEFORE_SEAL.format(number=5, what="time.sleep(2)") + BREAK.format(
+        step=6, what="raise ArithmeticError('own')"
+    )
+    said = error(step(tmp_path, *train(tiny_model, question_rows, tmp_path / "out"), code=code))
+    assert "The last good checkpoint: " in said and "checkpoint-5 " in said
+
+
+def test_nothing_is_written_into_a_checkpoint_that_is_being_sealed(tiny_model, question_rows, tmp_path):
+    """After a signal in the last step of an epoch there are two saves of it, one on the other."""
+    args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
+    files = "{name: folders.look(folder / name) for name in folders.list_files(folder)}"
+    code = BEFORE_SEAL.format(number=7, what=f"before = {files}; time.sleep(2); assert before == {files}, 'written'")
+    assert step(tmp_path, *args, step=(signal.SIGTERM, 7), code=code).returncode == 143
+    assert list_checkpoints(tmp_path) == {"checkpoint-7": True}
+
+
 def test_an_evaluation_without_a_training_is_none_of_its_business(tiny_model, script, tmp_path):
     source = """
 import sys

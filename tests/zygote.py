@@ -36,6 +36,7 @@ class Finders(list):
     def insert(self, place, finder):
         super().insert(place, finder)
         module = sys.modules["transformers.trainer"]
+        del module.DEFAULT_CALLBACKS[1:]  # what was added for a run before
         module.__spec__.loader.exec_module = lambda module: None  # it was executed
         if spec := finder.find_spec(module.__name__):
             spec.loader.exec_module(module)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -274,6 +275,17 @@ def describe_step(script: Path, options: list[str], inputs: dict[Path, str]) -> 
         "inputs": {path.name: digest[:12] for path, digest in inputs.items()},
         "packages": packages,
     }
+
+
+def describe_machine(script: Path) -> dict:
+    """The accelerator, and the git commit of the folder of the script where it has one."""
+    git = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    accelerator = None
+    if torch := sys.modules.get("torch"):
+        cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"accelerator": accelerator, "git_commit": commit or None}
 
 
 def find_differences(step: dict, other: dict) -> list[str]:

@@ -21,10 +21,10 @@ import resource
 import runpy
 import select
 import shutil
-import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,7 +42,7 @@ def drop_broken_pipes() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object:
+def make_guard(callback_class: type, rotate_checkpoints, folder: Path, sealer: ThreadPoolExecutor) -> object:
     """A callback for every Trainer of the script."""
 
     class Guard(callback_class):
@@ -51,6 +51,7 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self.limit, args.save_total_limit = args.save_total_limit, None  # on_save removes what is over it
             self.saved, self.save_later = None, False
+            self.wait = lambda: None  # until what is being sealed is whole; raises what went wrong with that
             self.over = state.global_step >= state.max_steps  # gone on with after its last step
             self.began = time.time() - (state.log_history[-1].get("seconds", 0) if state.log_history else 0)
             args.eval_on_start &= state.global_step == 0
@@ -95,9 +96,14 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object
             else:
                 control.should_save |= self.save_later or stopped
             control.should_log |= control.should_save or args.save_strategy == "best"
+            if control.should_log or self.saved == state.global_step:  # it may be saved, maybe for the second time
+                self.wait()
             self.save_later = False
 
         def on_log(self, args, state, control, logs=None, **kwargs):
+            # A save may follow, of which on_step_end did not know; there is room for one checkpoint over the limit.
+            if control.should_save or args.save_strategy == "best" and control.should_evaluate:
+                self.wait()
             state.log_history[-1]["seconds"] = round(time.time() - self.began, 3)
             if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
                 raise ArithmeticError(f"the loss is {loss} at step {state.global_step}")
@@ -108,14 +114,20 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object
 
         def on_save(self, args, state, control, model=None, **kwargs):
             self.check_weights(state, model)
-            if state.is_world_process_zero:
-                folders.seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-                if state.epoch % 1 or self.ended:  # else it is saved again, and until then the older one is needed
-                    rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
-            self.saved = state.global_step
+            self.wait()
+            checkpoint, best = Path(args.output_dir, f"checkpoint-{state.global_step}"), state.best_model_checkpoint
+            # At the end of an epoch it is saved again, and until then the older one is needed.
+            limit = self.limit if state.epoch % 1 or self.ended else None
+
+            def seal():  # while the training goes on
+                folders.seal(checkpoint)
+                rotate_checkpoints(args.output_dir, limit, best)
+
+            self.wait, self.saved = sealer.submit(seal).result, state.global_step
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
             args.save_total_limit = self.limit
+            self.wait()
             self.check_weights(state, model)
 
     return Guard()
@@ -124,8 +136,8 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path) -> object
 class GuardTrainings:
     """Puts the guard on the list of default callbacks as soon as the script imports transformers' Trainer."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, sealer: ThreadPoolExecutor):
+        self.given = folder, sealer
 
     def find_spec(self, name, path=None, target=None):
         if name != "transformers.trainer":
@@ -136,7 +148,7 @@ class GuardTrainings:
 
         def execute_and_add(module):
             execute(module)
-            module.DEFAULT_CALLBACKS.append(make_guard(module.TrainerCallback, module.rotate_checkpoints, self.folder))
+            module.DEFAULT_CALLBACKS.append(make_guard(module.TrainerCallback, module.rotate_checkpoints, *self.given))
 
         spec.loader.exec_module = execute_and_add
         return spec
@@ -232,11 +244,12 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # else a Hopper plans 50 ms for each new length
     argparse.ArgumentParser.error = lambda self, message: fail(f"{message}. See --help (make: ARGS=--help).")
     gc.set_threshold(100_000, 50, 50)  # looking for garbage is a quarter of the time of the libraries' import
-    if folder:
-        sys.meta_path.insert(0, GuardTrainings(folder))
     limit_memory()
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        with ThreadPoolExecutor(1) as sealer:  # however the script ends, what it saved is sealed then
+            if folder:
+                sys.meta_path.insert(0, GuardTrainings(folder, sealer))
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
             fail(stop.code.removeprefix("error: "))
@@ -246,17 +259,6 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
             raise
     except Exception as error:  # whatever a library raises is explained
         explain(error, prediction, options, folder)
-
-
-def describe_machine(script: Path) -> dict:
-    """The accelerator, and the git commit of the folder of the script where it has one."""
-    git = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    accelerator = None
-    if torch := sys.modules.get("torch"):
-        cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"accelerator": accelerator, "git_commit": commit or None}
 
 
 def peak_memory() -> int:
@@ -280,7 +282,7 @@ def publish(folder: Path, part: Path, script: Path, step: dict, inputs: dict[Pat
     sums = folders.add_up(part, [name for name in folders.list_files(part) if name.endswith(".safetensors")])
     read = {path.name: {"sha256": digest, "record": read_record(path)} for path, digest in inputs.items()}
     own = {"script": script.name, "started": read_json(part / "step.json")["started"], "options": step["options"]}
-    own |= {"inputs": read, "packages": step["packages"], **describe_machine(script)}
+    own |= {"inputs": read, "packages": step["packages"], **folders.describe_machine(script)}
     folders.write_json(part / "run.json", own | run | {"metrics": metrics, "sha256": sums})
     folders.seal(part, sums)
     folders.replace(folder, part)
