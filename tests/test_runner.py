@@ -642,18 +642,27 @@ sys.addaudithook(hook)
 
 # What happens before a checkpoint is sealed
 BEFORE_SEAL = """
-import folders, threading, time
+import folders, os, threading, time
 from transformers.trainer_callback import CallbackHandler
-seal, begin, reached = folders.seal, CallbackHandler.on_step_begin, threading.Event()
-def on_step_begin(self, args, state, control):
+reached = threading.Event()
+def on_step_begin(self, args, state, control, begin=CallbackHandler.on_step_begin):
     if state.global_step + 1 == 13:
         reached.set()
     return begin(self, args, state, control)
-def late_seal(folder, *known):
+def late_seal(folder, *args, seal=folders.seal, **kwargs):
     if folder.name == "checkpoint-{number}":
         {what}
-    return seal(folder, *known)
+    return seal(folder, *args, **kwargs)
 CallbackHandler.on_step_begin, folders.seal = on_step_begin, late_seal
+"""
+# A callback of the script that asks for a checkpoint, and for no log before it
+SAVE_AT_6 = """
+from transformers.trainer_callback import CallbackHandler
+def on_step_end(self, args, state, control, end=CallbackHandler.on_step_end):
+    control = end(self, args, state, control)
+    control.should_save |= state.global_step == 6
+    return control
+CallbackHandler.on_step_end = on_step_end
 """
 UNTIL_13 = "assert reached.wait(20), 'the training waits'"
 FULL_DISK = "raise OSError(28, 'No space left on device', 'a.bin')"
@@ -673,8 +682,8 @@ def test_a_training_goes_on_while_a_checkpoint_is_sealed(tiny_model, question_ro
 
 def test_a_kill_while_a_checkpoint_is_sealed_leaves_the_older_one(tiny_model, question_rows, tmp_path):
     args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
-    code = BEFORE_SEAL.format(number=10, what="time.sleep(60)")
-    assert step(tmp_path, *args, step=(signal.SIGKILL, 13), code=code).returncode == -9
+    code = BEFORE_SEAL.format(number=10, what=f"{UNTIL_13}; os.kill(os.getpid(), 9)")
+    assert step(tmp_path, *args, code=code).returncode == -9
     assert list_checkpoints(tmp_path) == {"checkpoint-10": False, "checkpoint-5": True}
     result = step(tmp_path, *args)
     assert result.returncode == 0 and "checkpoint-5\n" in result.stdout, result.stderr
@@ -713,6 +722,16 @@ def test_nothing_is_written_into_a_checkpoint_that_is_being_sealed(tiny_model, q
     code = BEFORE_SEAL.format(number=7, what=f"before = {files}; time.sleep(2); assert before == {files}, 'written'")
     assert step(tmp_path, *args, step=(signal.SIGTERM, 7), code=code).returncode == 143
     assert list_checkpoints(tmp_path) == {"checkpoint-7": True}
+
+
+def test_a_save_while_the_one_before_is_being_sealed(tiny_model, question_rows, tmp_path):
+    args = train(tiny_model, question_rows, tmp_path / "out", "--save_total_limit", "1")
+    late = BEFORE_SEAL.format(number=5, what="time.sleep(2)")
+    killed = step(tmp_path, *args, code=SAVE_AT_6 + late + BEFORE_SEAL.format(number=6, what="os.kill(os.getpid(), 9)"))
+    assert killed.returncode == -9 and list_checkpoints(tmp_path) == {"checkpoint-5": True, "checkpoint-6": False}
+    code = SAVE_AT_6 + BEFORE_SEAL.format(number=5, what=f"time.sleep(2); {FULL_DISK}")
+    assert "Make room" in error(step(tmp_path, "--restart", *args, code=code))
+    assert list_checkpoints(tmp_path) == {"checkpoint-5": False, "checkpoint-6": False}
 
 
 def test_an_evaluation_without_a_training_is_none_of_its_business(tiny_model, script, tmp_path):

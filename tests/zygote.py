@@ -4,7 +4,8 @@ Reads JSON lines: {"argv", "cwd", "out", "err"}, answered with its number; {"wai
 status, below zero the signal that ended it. An order may have faults: "file_size", the most bytes that a file may take;
 "signal": [number, pattern], a signal that the script gets just before each change of a file that the pattern matches:
 "open PATH" (for writing), "os.mkdir PATH", "os.rename PATH", "os.remove PATH", "shutil.rmtree PATH"; "step": [number,
-step], a signal that a training gets in the middle of that step; "code", Python to run before the script.
+step], a signal that a training gets in the middle of that step, when the checkpoint before it is sealed; "code", Python
+to run before the script.
 """
 
 import atexit
@@ -47,6 +48,8 @@ def signal_at(number: int, step: int) -> None:
 
     def on_step_begin(self, args, state, control):
         if state.global_step + 1 == step:
+            for callback in self.callbacks:
+                getattr(callback, "wait", int)()  # for the seal of the checkpoint before
             os.kill(os.getpid(), number)
         return begin(self, args, state, control)
 

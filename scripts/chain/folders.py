@@ -128,8 +128,8 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not UNSEALED.fullmatch(name))
 
 
-def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Writes SHA256SUMS, with the sums that are known, and sees that all of the folder is on the disk; returns them."""
+def seal(folder: Path, known: dict[str, str] | None = None, over: list[Path] | None = None) -> dict[str, str]:
+    """Writes SHA256SUMS, with the sums that are known. When all is on the disk, removes what is over. Returns the sums."""
     names, known = list_files(folder), known or {}
     seen = {name: look(folder / name) for name in names}
     sums = add_up(folder, [name for name in names if name not in known]) | known
@@ -142,6 +142,8 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     write_text(folder / SUMS, text)  # when all that it lists is on the disk
     flush(folder.parent)
     note(folder, seen, hashlib.sha256(text.encode()).hexdigest())
+    for path in over or []:
+        shutil.rmtree(path, ignore_errors=True)
     return sums
 
 

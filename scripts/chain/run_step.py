@@ -42,7 +42,7 @@ def drop_broken_pipes() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def make_guard(callback_class: type, rotate_checkpoints, folder: Path, sealer: ThreadPoolExecutor) -> object:
+def make_guard(callback_class: type, folder: Path, sealer: ThreadPoolExecutor) -> object:
     """A callback for every Trainer of the script."""
 
     class Guard(callback_class):
@@ -115,15 +115,13 @@ def make_guard(callback_class: type, rotate_checkpoints, folder: Path, sealer: T
         def on_save(self, args, state, control, model=None, **kwargs):
             self.check_weights(state, model)
             self.wait()
-            checkpoint, best = Path(args.output_dir, f"checkpoint-{state.global_step}"), state.best_model_checkpoint
-            # At the end of an epoch it is saved again, and until then the older one is needed.
-            limit = self.limit if state.epoch % 1 or self.ended else None
-
-            def seal():  # while the training goes on
-                folders.seal(checkpoint)
-                rotate_checkpoints(args.output_dir, limit, best)
-
-            self.wait, self.saved = sealer.submit(seal).result, state.global_step
+            self.saved, checkpoint = state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}")
+            kept = {checkpoint.name, Path(state.best_model_checkpoint or checkpoint).name}
+            others = [path for path in list_checkpoints(checkpoint.parent) if path.name not in kept]
+            # At the end of an epoch it is saved again, and until then the older ones are needed.
+            rotate = (state.epoch % 1 or self.ended) and (self.limit or 0) > 0
+            over = others[max(self.limit - len(kept), 0) :] if rotate else []
+            self.wait = sealer.submit(folders.seal, checkpoint, over=over).result  # the training goes on meanwhile
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
             args.save_total_limit = self.limit
@@ -148,7 +146,7 @@ class GuardTrainings:
 
         def execute_and_add(module):
             execute(module)
-            module.DEFAULT_CALLBACKS.append(make_guard(module.TrainerCallback, module.rotate_checkpoints, *self.given))
+            module.DEFAULT_CALLBACKS.append(make_guard(module.TrainerCallback, *self.given))
 
         spec.loader.exec_module = execute_and_add
         return spec
