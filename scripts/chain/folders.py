@@ -129,7 +129,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def seal(folder: Path, known: dict[str, str] | None = None, over: list[Path] | None = None) -> dict[str, str]:
-    """Writes SHA256SUMS, with the sums that are known; when all is on the disk, removes what is over. Returns the sums."""
+    """Writes SHA256SUMS, with sums that are known; when all is on the disk, removes what is over. Returns all sums."""
     names, known = list_files(folder), known or {}
     seen = {name: look(folder / name) for name in names}
     sums = add_up(folder, [name for name in names if name not in known]) | known
