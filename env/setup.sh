@@ -143,6 +143,17 @@ pinned=$(sed -n 's/^torch==//p' env/requirements-torch.txt)
 rocm=$(sed -n 's/^torch==.*+//p' env/locks/rocm.txt)
 case "$TORCH_INDEX" in
 	"" | *://*) index=$TORCH_INDEX ;;
+	amd) # AMD's own, with ROCm 10, whose torch takes the kernels of a device as an extra
+		[ "$backend" = rocm ] || fail "TORCH_INDEX=amd has torch for ROCm. Type: make setup BACKEND=rocm TORCH_INDEX=amd"
+		index=https://stable.repo.amd.com/rocm/whl-next/
+		gfx=$(cat "$root"/sys/class/kfd/kfd/topology/nodes/*/properties 2> /dev/null |
+			awk '/^gfx_target_version / && $2 {print $2; exit}') || true
+		gfx=${gfx:-90402} # 9, 4 and 2: an MI300X; 0, which was passed over, is a CPU
+		case "$TORCH_VERSION" in
+			torch*) ;;
+			*) TORCH_VERSION=$(printf 'torch[device-gfx%d%x%x]==%s' $((gfx / 10000)) $((gfx / 100 % 100)) \
+				$((gfx % 100)) "${TORCH_VERSION:-2.14.0+rocm10.1.0}") ;;
+		esac ;;
 	*) index=https://download.pytorch.org/whl/$TORCH_INDEX ;;
 esac
 case "$backend" in

@@ -21,6 +21,7 @@ from test_makefile import Project
 LOCKS = {file.stem: file for file in (ROOT / "env/locks").glob("*.txt")}
 BACKENDS = ["cpu", "cuda", "rocm", "preinstalled"]
 ROCM_INDEX = "https://download.pytorch.org/whl/rocm7.2"
+AMD_INDEX = "https://stable.repo.amd.com/rocm/whl-next/"
 PACKAGES = "install --no-deps -r env/locks/packages.txt"
 
 # Tools that work, by the machine that has them; a tool with a dash in front does not work. = is a file's text.
@@ -119,6 +120,18 @@ def test_the_hardware_decides_what_is_installed(name, found, backend, tmp_path):
             {"BACKEND": "rocm", "TORCH_INDEX": "https://host/x/", "TORCH_VERSION": "torch[device-gfx942]==2.12.0"},
             r"--index-url https://host/x/ torch\[device-gfx942\]==2.12.0",
         ),
+        (
+            {"BACKEND": "rocm", "TORCH_INDEX": "amd"},
+            rf"--index-url {AMD_INDEX} torch\[device-gfx942\]==2.14.0+rocm10.1.0",
+        ),
+        (
+            {"BACKEND": "rocm", "TORCH_INDEX": "amd", "TORCH_VERSION": "2.13.0+rocm10.0.0"},
+            rf"--index-url {AMD_INDEX} torch\[device-gfx942\]==2.13.0+rocm10.0.0",
+        ),
+        (
+            {"BACKEND": "rocm", "TORCH_INDEX": "amd", "TORCH_VERSION": "torch[device-all]"},
+            rf"--index-url {AMD_INDEX} torch\[device-all\]",
+        ),
     ],
 )
 def test_a_dry_run_prints_the_commands_and_does_nothing(variables, torch, tmp_path):
@@ -126,6 +139,34 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(variables, torch, tmp_pa
     assert result.returncode == 0, result.stderr
     assert pip_commands(result.stdout) == [f"install {torch}", PACKAGES, "check"]
     assert not (ROOT / ".venv-none").exists()
+
+
+@pytest.mark.parametrize(
+    ("versions", "arch"),
+    [
+        (["0", "90402"], "gfx942"),
+        (["0", "0", "90010", "110000"], "gfx90a"),
+        (["0", "110501"], "gfx1151"),
+        (["120001"], "gfx1201"),
+        (["0"], "gfx942"),
+    ],
+)
+def test_amds_index_gives_the_kernels_of_the_device_that_is_there(versions, arch, tmp_path):
+    for number, version in enumerate(versions):
+        node = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}/properties"
+        node.parent.mkdir(parents=True)
+        node.write_text(f"simd_count 304\ngfx_target_version {version}\nvendor_id 4098\n")
+    result = setup("--dry-run", "--root", tmp_path, BACKEND="rocm", TORCH_INDEX="amd")
+    assert result.returncode == 0, result.stderr
+    expected = rf"install --index-url {AMD_INDEX} torch\[device-{arch}\]==2.14.0+rocm10.1.0"
+    assert pip_commands(result.stdout)[0] == expected
+    assert "TORCH_INDEX=amd TORCH_VERSION= >" in result.stdout.replace("\\ ", " ")  # what was asked for, as it was
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "cuda", "preinstalled"])
+def test_amds_index_is_for_rocm(backend, tmp_path):
+    result = setup("--dry-run", "--root", tmp_path, BACKEND=backend, TORCH_INDEX="amd")
+    assert result.returncode == 1 and "Type: make setup BACKEND=rocm TORCH_INDEX=amd" in result.stderr
 
 
 @pytest.mark.parametrize(
