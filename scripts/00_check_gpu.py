@@ -13,6 +13,7 @@ Exits   with status 0: ready, 1: not ready, 2: ready, with warnings.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 
@@ -36,13 +38,16 @@ PINS = {
 if sys.version_info < (3, 11):
     PINS |= {"transformers": "5.20.2", "trl": "1.14.2", "scipy": "1.15.3"}
 # Product names: the first of these tools that is there and works is asked. rocm-smi does not come with ROCm 10.
-NVIDIA = ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version", "--format=csv"]
+NVIDIA = ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version,compute_mode", "--format=csv"]
 TOOLS = (["amd-smi", "static", "--asic"], ["rocm-smi", "--showproductname"], NVIDIA)
-# Environment variables that hide accelerators, or make one pass for another.
+# Environment variables that hide accelerators, make one pass for another, or change what is computed.
 VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 OVERRIDES = ("HSA_OVERRIDE_GFX_VERSION", "BNB_ROCM_VERSION", "BNB_CUDA_VERSION")
-# For what PyTorch's index has no build of: AMD's own, with the kernels of a device as an extra.
-AMD_INDEX = "https://repo.amd.com/rocm/whl-multi-arch/"
+SWITCHES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL")
+# For what PyTorch's index has no build of: AMD's own index, with kernels for more devices, and its torch.
+AMD_SETUP, AMD_TORCH = "make setup BACKEND=rocm TORCH_INDEX=amd", "2.14.0+rocm10.1.0"
+# By how much of its spread a result in fp32 may be off; TF32 keeps 10 of the 23 bits.
+FP32_BOUND = 0.03 if any(os.environ.get(name) == "1" for name in SWITCHES[:2]) else 1e-3
 FREE_DISK = 10e9  # bytes: the environment, the embedded model and what the steps leave take about 7e9
 Finding = namedtuple("Finding", "level cause command")  # level: error or warning
 
@@ -56,6 +61,7 @@ def probe_torch() -> dict:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         gpus.append({"name": found.name, "memory_bytes": found.total_memory, "free_bytes": 0})
+        gpus[-1]["integrated"] = bool(getattr(found, "is_integrated", False))
         gpus[-1]["arch"] = found.gcnArchName.split(":")[0] if hip else ""
         with suppress(Exception):  # one full or broken device of several is no reason to say nothing of the others
             gpus[-1]["free_bytes"], _ = torch.cuda.mem_get_info(index)
@@ -95,32 +101,41 @@ def within_bound(found, expected, bound: float) -> dict:
     return {"difference": difference, "bound": bound}
 
 
-def probe_matmul_fp32(dtype: str = "float32", bound: float = 1e-3) -> dict:
+def probe_matmul_fp32(dtype: str = "float32", bound: float = FP32_BOUND) -> dict:
     a, near_a = sample(256, 512, dtype=dtype)
     b, near_b = sample(512, 256, dtype=dtype)
     return within_bound(near_a @ near_b, a @ b, bound)
 
 
-def probe_matmul_bf16() -> dict:
-    return probe_matmul_fp32("bfloat16", bound=0.05)
-
-
-def probe_backward() -> dict:
-    gradients = []
-    for weight, rows in zip(sample(64, 128), sample(256, 128), strict=True):
-        (rows @ weight.requires_grad_().T).tanh().square().sum().backward()
-        gradients.append(weight.grad)
-    return within_bound(gradients[1], gradients[0], 1e-3)
-
-
-def probe_attention() -> dict:
-    """torch's scaled_dot_product_attention against the formula."""
+def probe_attention(dtype: str = "float32", bound: float = 5 * FP32_BOUND) -> dict:
+    """torch's attention and its gradients: causal and under a mask, with shared key heads and without."""
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # as the runner of the scripts does
     import torch
 
-    (query, key, value), inputs = sample(3, 2, 4, 96, 64)
-    found = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-    scores = (query @ key.mT / 8).masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf"))
-    return within_bound(found, scores.softmax(-1) @ value, 1e-3)
+    attend, facts = torch.nn.functional.scaled_dot_product_attention, []
+    for length, heads, masked in itertools.product((97, 192), (4, 2), (False, True)):
+        query, key, value = sample(3, 2, 4, length, 64, dtype=dtype)[1]
+        # Scores of about -120: with them, a mask, and a length like 192, cuDNN gave NaN (pytorch 196678).
+        near = query + 15, (key - key.mean(-1, keepdim=True) - 1)[:, :heads], value[:, :heads]
+        near, exact = ([to.requires_grad_() for to in group] for group in (near, [to.double().cpu() for to in near]))
+        mask = torch.ones(length, length, device=query.device).tril().bool()
+        found = attend(*near, attn_mask=mask if masked else None, is_causal=not masked, enable_gqa=heads < 4)
+        keys, values = (tensor.repeat_interleave(4 // heads, 1) for tensor in exact[1:])
+        right = (exact[0] @ keys.mT / 8).masked_fill(~mask.cpu(), float("-inf")).softmax(-1) @ values
+        pairs = ([end, *torch.autograd.grad(end, of, query.to(end))] for end, of in ((found, near), (right, exact)))
+        facts += map(within_bound, *pairs, [bound] * 4)
+    facts = max(facts, key=lambda each: each["difference"])
+    if torch.cuda.is_available():
+        long = sample(3, 1, 8, 2048, 64, dtype=dtype)[1].requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        attend(*long, is_causal=True).sum().backward()
+        peak, scores = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), 8 * 2048**2 * long.itemsize
+        return facts | {"keeps_scores": peak >= scores}
+    return facts | {"keeps_scores": None}
+
+
+probe_matmul_bf16 = partial(probe_matmul_fp32, "bfloat16", 0.05)
+probe_attention_bf16 = partial(probe_attention, "bfloat16", 0.25)
 
 
 def name_build(hip: str | None, cuda: str | None) -> str:
@@ -148,10 +163,14 @@ def probe_optimizer() -> dict:
     import torch
 
     (start, gradient), (weight, grad) = sample(2, 512, 256)
-    weight = torch.nn.Parameter(weight)
-    weight.grad = grad
-    bitsandbytes.optim.PagedAdamW32bit([weight], lr=0.01, weight_decay=0.0).step()
-    return within_bound(weight.detach(), start - 0.01 * gradient / (gradient.abs() + 1e-8), 1e-3)
+    weight, many = map(torch.nn.Parameter, (weight, weight.new_zeros(2**26 if weight.is_cuda else 2**18)))
+    weight.grad, many.grad = grad, torch.ones_like(many)
+    optimizer = bitsandbytes.optim.PagedAdamW32bit([weight, many], lr=0.01, weight_decay=0.0)
+    optimizer.step()
+    facts = within_bound(weight.detach(), start - 0.01 * gradient / (gradient.abs() + 1e-8), 1e-3)
+    begun = time.perf_counter()
+    optimizer.step()  # reads and writes the two moments, which the first one made, and waits for the accelerator
+    return facts | {"gb_per_second": round(4e-9 * (weight.nbytes + many.nbytes) / (time.perf_counter() - begun), 2)}
 
 
 def probe_quantize() -> dict:
@@ -251,6 +270,25 @@ def find(pattern: str, text: str) -> str | None:
     return found[0] if (found := re.search(pattern, text)) else None
 
 
+def share_memory(torch: dict | None, root: Path) -> dict | None:
+    """What PyTorch says, with the memory right of accelerators that share the processor's; an MI300A has its own."""
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", read(root / "proc/meminfo")))
+    ram, available = (1024 * int(sizes.get(name, 0)) for name in ("MemTotal", "MemAvailable"))
+    devices = [file.parent for file in root.glob("sys/class/drm/renderD*/device/mem_info_vram_total")]  # amdgpu's
+    kinds = ("vram_total", "vram_used", "gtt_total", "gtt_used")
+    amd = [[int(read(device / f"mem_info_{kind}") or 0) for kind in kinds] for device in devices]
+    for gpu in torch["gpus"] if torch and available else []:
+        if gpu["integrated"] and gpu["arch"] != "gfx942":
+            # CUDA leaves out file caches; HIP says the carve-out, or more free than in all (ROCm/hip 3892, ROCm 6004)
+            gpu |= {"ram_bytes": ram, "free_bytes": min(gpu["memory_bytes"], available)}
+            if torch["hip"] and amd:
+                vram, vram_used, gtt, gtt_used = min(amd)  # a Radeon beside it has more of its own
+                shared = gtt > vram  # else amdgpu gives the carve-out alone (ROCm/rocm-systems 5596)
+                gpu["memory_bytes"] = vram + gtt * shared
+                gpu["free_bytes"] = vram - vram_used + min(gtt - gtt_used, available) * shared
+    return torch
+
+
 def ask(path: str, name: str, *arguments: str) -> str:
     """What a tool of the system prints; nothing if it is not there, fails or hangs."""
     tool = shutil.which(name, path=path)
@@ -280,16 +318,18 @@ def look_at_system(root: Path) -> dict:
     return {
         "platform": platform.platform(), "container": (root / ".dockerenv").exists(),
         "tool": tool, "products": listing.splitlines(),
-        "variables": {name: os.environ[name] for name in (*VISIBLE, *OVERRIDES) if name in os.environ},
+        "variables": {name: os.environ[name] for name in (*VISIBLE, *OVERRIDES, *SWITCHES) if name in os.environ},
         "amd": {
             "kfd": kfd.exists(), "gpus": amd, "on_pci_bus": sum(kind.startswith("0x12") for kind in pci),
+            "graphics_on_pci_bus": sum(kind.startswith(("0x0300", "0x0380")) for kind in pci),
             "driver": read(root / "sys/module/amdgpu/version") or find(r"(?<=amdgpu version: )\S+", said),
             "rocm": find(r"[\d.]+", read(root / "opt/rocm/.info/version")) or find(r"(?<=ROCm version: )[\d.]+", said),
             "no_permission": [f"/{file.relative_to(root)}" for file in denied],
         },
         "nvidia": {
-            "gpus": [columns[1] for columns in nvidia], "driver": nvidia[0][-1] if nvidia else None,
-            "cuda": find(r"(?<=CUDA Version: )[\d.]+", ask(path, "nvidia-smi")) if nvidia else None,
+            "gpus": [columns[1] for columns in nvidia], "driver": nvidia[0][3] if nvidia else None,
+            "cuda": find(r"((?<=CUDA Version: )|(?<=CUDA UMD Version: ))[\d.]+", ask(path, "nvidia-smi")),
+            "exclusive": any(columns[-1] == "Exclusive_Process" for columns in nvidia),
         },
     }  # fmt: skip
 
@@ -299,20 +339,26 @@ def judge_system(system: dict, torch: dict | None, require: str) -> Iterator[Fin
     """What is wrong with drivers, permissions, variables, and with PyTorch for this hardware."""
     amd, nvidia, variables = system["amd"], system["nvidia"], system["variables"]
     level = "warning" if require == "cpu" else "error"
-    if (name := "HSA_OVERRIDE_GFX_VERSION") in variables:
-        yield Finding("warning", f"{name}={variables[name]} makes the device pass for another", f"unset {name}")
-    if unloaded := amd["on_pci_bus"] and not amd["kfd"]:
+    if (name := OVERRIDES[0]) in variables:
+        arch = next((gpu["arch"] for gpu in amd["gpus"]), "")  # the driver's word: the variable does not change it
+        kernels = ["", *torch["arch_list"]] if torch and torch["available"] else [arch]
+        mend = f"unset {name}" if arch in kernels else f"{AMD_SETUP}; unset {name}"
+        yield Finding("warning", f"{name}={variables[name]} makes {arch or 'the device'} pass for another", mend)
+    # A Radeon looks there like the graphics of a processor: it counts where an accelerator is required.
+    radeon = require == "gpu" and not nvidia["gpus"] and not (torch and torch["cuda"])
+    on_bus = amd["on_pci_bus"] or amd["graphics_on_pci_bus"] * radeon
+    if unloaded := on_bus and not amd["kfd"]:
         why, mend = "the driver amdgpu is not loaded", "sudo modprobe amdgpu"
         if system["container"]:
             why, mend = "the container was not given it", "docker run --device /dev/kfd --device /dev/dri ..."
-        yield Finding(level, f"{amd['on_pci_bus']} AMD accelerator(s) on the PCI bus, but no /dev/kfd: {why}", mend)
+        yield Finding(level, f"{on_bus} AMD accelerator(s) on the PCI bus, but no /dev/kfd: {why}", mend)
     elif amd["no_permission"]:
         mend = "sudo usermod -a -G video,render $USER   (then log in again)"
         if system["container"]:
             mend = "docker run --group-add video --group-add $(getent group render | cut -d: -f3) ..."
         yield Finding(level, f"no permission to read and write {', '.join(amd['no_permission'])}", mend)
     graphics = amd["gpus"] and system["tool"]  # those of an AMD processor have a /dev/kfd too
-    there = "AMD" if amd["on_pci_bus"] else "NVIDIA" if nvidia["gpus"] else "AMD" if graphics else ""
+    there = "AMD" if on_bus else "NVIDIA" if nvidia["gpus"] else "AMD" if graphics else ""
     backend, key, tool = ("rocm", "hip", "amd-smi list") if there == "AMD" else ("cuda", "cuda", "nvidia-smi")
     if not torch:
         return  # missing packages are a finding of their own
@@ -341,11 +387,13 @@ def judge_accelerators(torch: dict, rocm: str | None, variables: dict) -> Iterat
     """Whether PyTorch suits the accelerators that it finds, which of them is taken, and what is free there."""
     gpus, hip, kernels = torch["gpus"], torch["hip"], torch["arch_list"]
     arch, memory, free = (gpus[0][key] for key in ("arch", "memory_bytes", "free_bytes"))
-    mend = f"make setup BACKEND=rocm TORCH_INDEX={AMD_INDEX} 'TORCH_VERSION=torch[device-{arch}]'"
     if hip and arch not in kernels:
-        yield Finding("error", f"PyTorch has kernels for {', '.join(kernels)}, not for {arch}", mend)
-    if hip and rocm and rocm.split(".")[0] != hip.split(".")[0]:
+        yield Finding("error", f"PyTorch has kernels for {', '.join(kernels)}, not for {arch}", AMD_SETUP)
+    if hip and rocm and (has := int(rocm.split(".")[0])) != (needs := int(hip.split(".")[0])):
+        mend = "update ROCm, https://rocm.docs.amd.com/projects/install-on-linux" if has < needs else AMD_SETUP
         yield Finding("warning", f"PyTorch is built for ROCm {hip}, the system has {rocm}: not tested together", mend)
+    if tf32 := " ".join(name for name in SWITCHES[:2] if variables.get(name) == "1"):
+        yield Finding("warning", f"products of fp32 are computed in TF32, 10 of 23 bits: {tf32} is 1", f"unset {tf32}")
     if len(gpus) > 1:
         level, why = "warning", "the scripts take the first"
         best = max(range(len(gpus)), key=lambda index: gpus[index]["free_bytes"])
@@ -355,7 +403,12 @@ def judge_accelerators(torch: dict, rocm: str | None, variables: dict) -> Iterat
             chosen = variables.get(name, "").split(",")
             best = chosen[best] if len(chosen) == len(gpus) else best
         yield Finding(level, f"{len(gpus)} accelerators are visible; {why}", f"export {name}={best}")
-    if free < 0.8 * memory:
+    if ram := gpus[0].get("ram_bytes", 0):
+        if hip and memory < 0.6 * ram and ram > 30 * 2**30:  # the kernel's default; a small machine needs its half
+            cause = f"the accelerator may take {memory / 2**30:.0f} of {ram / 2**30:.0f} GiB of the memory it shares"
+            mend = f"pipx install amd-debug-tools; amd-ttm --set {ram * 7 // 8 // 2**30}   (then reboot)"
+            yield Finding("warning", cause, mend)
+    elif free < 0.8 * memory:
         used = f"{(memory - free) / 2**30:.0f} of {memory / 2**30:.0f} GiB of the accelerator's memory"
         yield Finding("warning", f"{used} are taken already", "amd-smi process" if hip else "nvidia-smi")
 
@@ -367,8 +420,8 @@ def judge_probes(probes: dict, torch: dict | None, variables: dict) -> Iterator[
         named = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
         yield Finding("error", f"missing or broken: {named}"[:500], install(missing))
     others = {name: is_ for name, is_ in packages["versions"].items() if is_.split("+")[0] != PINS[name]}
-    if torch and torch["preinstalled"]:
-        others.pop("torch", None)  # the one of a Docker image stays
+    if torch and (torch["preinstalled"] or torch["version"] == AMD_TORCH):
+        others.pop("torch", None)  # that of a Docker image, and that asked for by TORCH_INDEX=amd, stays
     if others:
         named = ", ".join(f"{name} {is_} instead of {PINS[name]}" for name, is_ in others.items())
         yield Finding("warning", f"not the versions that were tested: {named}", install(others))
@@ -381,8 +434,13 @@ def judge_probes(probes: dict, torch: dict | None, variables: dict) -> Iterator[
     if torch:
         where = "the accelerator" if torch["available"] else "the CPU"
         mend = "amd-smi" if torch["hip"] else "nvidia-smi" if torch["available"] else "make setup"
-        for name in filter(broken.get, ("matmul_fp32", "matmul_bf16", "backward", "attention")):
+        for name in filter(broken.get, ("matmul_fp32", "matmul_bf16", "attention", "attention_bf16")):
             yield Finding("error", f"{name} on {where}: {broken[name]}", mend)
+        if probes["attention_bf16"].get("facts", {}).get("keeps_scores"):
+            mend = "make train-lora ARGS='--attn_implementation flex_attention'"
+            if torch["gpus"][0]["arch"].startswith(("gfx11", "gfx12")) and variables.get(SWITCHES[2]) != "1":
+                mend = f"export {SWITCHES[2]}=1"  # AOTriton calls its kernels for some of these experimental
+            yield Finding("warning", "attention keeps all its scores: more memory than predicted, and slow", mend)
     if torch and "bitsandbytes" not in missing:
         level = "error" if torch["available"] else "warning"  # the tutorial's optimizer needs it on an accelerator
         override = next((name for name in OVERRIDES[1:] if name in variables), None)
@@ -412,11 +470,10 @@ def install(packages: dict) -> str:
 # The check ------------------------------------------------------------------------------------------------------------
 def examine(args: argparse.Namespace) -> dict:
     system = look_at_system(args.root)
-    more = {"hub": [args.access]} if args.access else {}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        tasks = {name: pool.submit(run_probe, name, args.timeout, *more.get(name, [])) for name in PROBES}
+    with ThreadPoolExecutor(max_workers=1 if system["nvidia"]["exclusive"] else 2) as pool:
+        tasks = {name: pool.submit(run_probe, name, args.timeout, *[args.access] * (name == "hub")) for name in PROBES}
     probes = {name: task.result() for name, task in tasks.items()}
-    torch, hub = probes["torch"].get("facts"), probes["hub"].get("facts", {})
+    torch, hub = share_memory(probes["torch"].get("facts"), args.root), probes["hub"].get("facts", {})
     findings = [*judge_system(system, torch, args.require), *judge_probes(probes, torch, system["variables"])]
     disks = {}
     for place in (Path.cwd(), Path(hub.get("cache", "~/.cache/huggingface")).expanduser()):
@@ -442,22 +499,20 @@ def show(report: dict) -> None:
     for index, found in enumerate(torch["gpus"]):
         memory = f"{found['free_bytes'] / 2**30:.0f} of {found['memory_bytes'] / 2**30:.0f} GiB free"
         lines.append(f"  cuda:{index}  {found['name']}  {found['arch']}  {memory}")
-    if amd["kfd"]:
-        archs = ", ".join(gpu["arch"] for gpu in amd["gpus"])
-        lines.append(f"AMD: driver {amd['driver']}, ROCm {amd['rocm']}, {archs}")
-    if nvidia["gpus"]:
-        lines.append(f"NVIDIA: driver {nvidia['driver']}, for CUDA up to {nvidia['cuda']}")
+    archs = ", ".join(gpu["arch"] for gpu in amd["gpus"])
+    lines += [f"AMD: driver {amd['driver']}, ROCm {amd['rocm']}, {archs}"] * amd["kfd"]
+    lines += [f"NVIDIA: driver {nvidia['driver']}, for CUDA up to {nvidia['cuda']}"] * bool(nvidia["gpus"])
     lines += [f"{name}={value}" for name, value in system["variables"].items()]
     lines += ["", f"{system['tool']}:", *system["products"]] if system["tool"] else [""]
     if report["torch"]:
         build = name_build(torch["hip"], torch["cuda"])
         lines.append(f"Python {report['python']}, PyTorch {torch['version']} for {build}")
-    lines += [f"  {package:16} {report['versions'].get(package) or 'MISSING OR BROKEN'}" for package in PINS]
-    lines += ["", "Probes"]
+    lines += [f"  {name:16} {report['versions'].get(name) or 'MISSING OR BROKEN'}" for name in PINS] + ["", "Probes"]
     for name, probe in report["probes"].items():
         facts = probe.get("facts", {})
         detail = probe.get("error") or facts.get("library") or ""
         detail = f"off by {facts['difference']:.2g}, allowed {facts['bound']:.2g}" if "difference" in facts else detail
+        detail += f", {facts['gb_per_second']:.1f} GB/s" if "gb_per_second" in facts else ""
         lines.append(f"  {name:16} {probe['status']:10} {probe['seconds']:5.1f} s  {detail}")
     lines += [f"{free / 1e9:.0f} GB of disk free at {place}" for place, free in report["free_disk_bytes"].items()]
     lines += [f"Hugging Face token: {'there' if report['token'] else 'none'}", ""]
@@ -473,7 +528,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("--require", choices=["auto", "gpu", "cpu"], default="auto", help="gpu: one has to be there; cpu: none has to")
-    add("--access", metavar="HUB_ID", help="a model on the hub: check the access to it")
+    add("--access", metavar="HUB_ID", default="", help="a model on the hub: check the access to it")
     add("--timeout", type=float, default=120, help="seconds that a probe may take (default: 120)")
     add("--root", type=Path, default=Path("/"), help="folder of another system's files: /dev, /sys, /opt/rocm, tools")
     add("--output", type=Path, help="file for the report, JSON")

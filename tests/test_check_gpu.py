@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
+import torch
 from conftest import ROOT, load, run
-from fake_machine import GIB, H100, MI300X, SITE, Machine, torch_for
+from fake_machine import GIB, H100, MI300X, RADEON, SITE, STRIX_HALO, Machine, torch_for
 
 SCRIPT = ROOT / "scripts/00_check_gpu.py"
 SCHEMA = json.loads((ROOT / "env/check-report.schema.json").read_text())
@@ -32,11 +34,16 @@ for name in ("transformers", "datasets", "peft", "trl", "scipy", "accelerate", "
 start = subprocess.Popen
 
 class Fork:
+    running = 0
+
     def __init__(self, command):
         end, beginning = os.pipe()
+        Fork.running += 1
+        busy = os.environ.get("FAKE_EXCLUSIVE") and Fork.running > 1  # the second process gets no accelerator
         self.number = os.fork()
         if not self.number:
             try:
+                assert not busy
                 os.dup2(beginning, 1)
                 subprocess.Popen, sys.argv = start, list(map(str, command[1:]))
                 runpy.run_path(command[1], run_name="__main__")
@@ -48,6 +55,7 @@ class Fork:
     def communicate(self, timeout):
         printed = self.printed.read()
         self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
+        Fork.running -= 1
         return printed, ""
 
 def start_or_fork(command, **pipes):
@@ -93,23 +101,48 @@ MACHINES = {
     "ROCm 10 without rocm-smi": (
         lambda root: Machine(root, torch_for("7.2", gpus=[MI300X])).add_amd(rocm="10.0.0", tools=("amd-smi",)),
         2,
-        [("built for ROCm 7.2, the system has 10.0.0", "make setup BACKEND=rocm TORCH_INDEX=https://repo.amd.com/")],
+        [("built for ROCm 7.2, the system has 10.0.0", "make setup BACKEND=rocm TORCH_INDEX=amd")],
     ),
-    "bitsandbytes without a library": (
-        lambda root: Machine(root, torch_for("10.0", gpus=[MI300X])).add_amd(rocm="10.0.0", tools=("amd-smi",)),
+    "ROCm 10 and its torch": (
+        lambda root: Machine(root, torch_for("10.1", gpus=[MI300X])).add_amd(rocm="10.1.0", tools=("amd-smi",)),
         1,
-        [("no native library of bitsandbytes for ROCm 10.0 could be loaded", "make bitsandbytes")],
+        [("no native library of bitsandbytes for ROCm 10.1 could be loaded", "make bitsandbytes")],
+    ),
+    "Radeon RX 7900 XTX": (lambda root: Machine(root, torch_for("7.2", gpus=[RADEON])).add_amd(gpu=RADEON), 0, []),
+    "Strix Halo": (
+        lambda root: (
+            Machine(root, torch_for("7.2", gpus=[STRIX_HALO]))
+            .add_amd(gpu=STRIX_HALO)
+            .add_memory(110, 125, vram_total=0.5, vram_used=0.25, gtt_total=62, gtt_used=2)
+        ),
+        2,
+        [
+            ("may take 62 of 125 GiB of the memory it shares", "pipx install amd-debug-tools; amd-ttm --set 109"),
+            ("attention keeps all its scores", "export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"),
+        ],
     ),
     "wrong arithmetic": (
         lambda root: Machine(root, torch_for("7.2", gpus=[MI300X]), FAKE_BROKEN="1").add_amd(),
         1,
         [
             (f"{probe} on the accelerator", "amd-smi")
-            for probe in ("matmul_fp32", "matmul_bf16", "backward", "attention")
+            for probe in ("matmul_fp32", "matmul_bf16", "attention", "attention_bf16")
         ]
         + [(probe, "make bitsandbytes") for probe in ("optimizer", "quantize", "decode_4bit")],
     ),
     "H100": (lambda root: Machine(root, torch_for(cuda="13.0", gpus=[H100])).add_nvidia(), 0, []),
+    "H100 for one process, driver 610": (
+        lambda root: Machine(root, torch_for(cuda="13.0", gpus=[H100]), FAKE_EXCLUSIVE="1").add_nvidia(
+            "610.43.02", "Exclusive_Process"
+        ),
+        0,
+        [],
+    ),
+    "H100 with TF32": (
+        lambda root: Machine(root, torch_for(cuda="13.0", gpus=[H100]), NVIDIA_TF32_OVERRIDE="1").add_nvidia(),
+        2,
+        [("in TF32, 10 of 23 bits: NVIDIA_TF32_OVERRIDE is 1", "unset NVIDIA_TF32_OVERRIDE")],
+    ),
     "CPU": (lambda root: Machine(root, torch_for()), 0, []),
 }
 
@@ -157,8 +190,48 @@ def test_the_tutorials_lines_and_what_the_system_says(results):
     assert system["tool"] == "amd-smi" and system["amd"]["rocm"] == "10.0.0" and system["amd"]["driver"] == "6.16.6"
     assert system["amd"]["gpus"] == [{"arch": "gfx942", "memory_bytes": 192 * GIB}]
     assert results["MI300X"][1]["probes"]["bitsandbytes"]["facts"]["built_for"] == "rocm72"
-    assert results["H100"][1]["system"]["nvidia"] == {"gpus": [H100["name"]], "driver": "580.95.05", "cuda": "13.0"}
+    nvidia = {"gpus": [H100["name"]], "driver": "580.95.05", "cuda": "13.0", "exclusive": False}
+    assert results["H100"][1]["system"]["nvidia"] == nvidia
+    nvidia |= {"driver": "610.43.02", "exclusive": True}
+    assert results["H100 for one process, driver 610"][1]["system"]["nvidia"] == nvidia
     assert "Is a GPU detected?  False" in results["CPU"][0].stdout
+    printed = results["Radeon RX 7900 XTX"][0].stdout
+    assert "  cuda:0  AMD Radeon RX 7900 XTX  gfx1100  23 of 24 GiB free\n" in printed
+    assert "AMD: driver 6.16.6, ROCm 7.2.0, gfx1100\n" in printed
+    # VRAM and GTT, and not the carve-out alone
+    assert "  cuda:0  AMD Radeon 8060S  gfx1151  60 of 62 GiB free\n" in results["Strix Halo"][0].stdout
+
+
+def test_what_the_recipes_compute_is_probed(results):
+    for name, keeps in (("MI300X", False), ("Strix Halo", True), ("CPU", None)):
+        result, report = results[name]
+        facts = report["probes"]["attention_bf16"]["facts"]
+        assert facts["keeps_scores"] is keeps and 0 < facts["difference"] < facts["bound"]
+        speed = report["probes"]["optimizer"]["facts"]["gb_per_second"]
+        assert speed > 0 and re.search(rf"optimizer +passed .*, {speed:.1f} GB/s\n", result.stdout)
+    facts = results["H100 with TF32"][1]["probes"]["matmul_fp32"]["facts"]
+    assert 1e-3 < facts["difference"] < facts["bound"]  # more than fp32 may be off
+
+
+@pytest.mark.parametrize(
+    ("masked", "shared", "wrong"),
+    [(True, False, "output"), (False, True, "output"), (True, True, "gradient"), (False, False, "gradient")],
+)
+def test_attention_is_probed_with_a_mask_and_without_and_with_shared_key_heads(masked, shared, wrong, monkeypatch):
+    script, attend = load("00_check_gpu.py"), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+
+    def attend_wrongly(query, key, value, **options):
+        result = attend(query, key, value, **options)
+        here = (options["attn_mask"] is not None, options["enable_gqa"]) == (masked, shared)
+        if here and query.shape[2] % 128 == 64:
+            assert query.mean() * key.mean() * 64 / 8 < -100  # very negative scores
+            result = result * 2 if wrong == "output" else result + (query - query.detach()) * float("nan")
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_wrongly)
+    with pytest.raises(ArithmeticError, match="the result is wrong"):
+        script.PROBES["attention_bf16"]()
 
 
 @pytest.mark.parametrize(
@@ -187,11 +260,13 @@ print(check.look_at_system(pathlib.Path(sys.argv[2]))["amd"]["no_permission"])
 """
 HEALTHY = {
     "platform": "", "container": False, "tool": None, "products": [], "variables": {},
-    "amd": {"kfd": True, "gpus": [], "on_pci_bus": 1, "driver": None, "rocm": "7.2.0", "no_permission": []},
-    "nvidia": {"gpus": [], "driver": None, "cuda": None},
+    "amd": {"kfd": True, "gpus": [], "on_pci_bus": 1, "graphics_on_pci_bus": 0, "driver": None, "rocm": "7.2.0",
+            "no_permission": []},
+    "nvidia": {"gpus": [], "driver": None, "cuda": None, "exclusive": False},
 }  # fmt: skip
 NO_AMD = {"amd": {**HEALTHY["amd"], "kfd": False, "on_pci_bus": 0, "rocm": None}}
-NVIDIA = {**NO_AMD, "nvidia": {"gpus": ["H100"], "driver": "550.1", "cuda": "12.4"}}
+NVIDIA = {**NO_AMD, "nvidia": {"gpus": ["H100"], "driver": "550.1", "cuda": "12.4", "exclusive": False}}
+RADEON_ALONE = {"amd": {**NO_AMD["amd"], "graphics_on_pci_bus": 1}}
 GPU = {"name": "MI300X", "memory_bytes": 192 * GIB, "free_bytes": 191 * GIB, "arch": "gfx942"}
 ROCM = {
     "version": "2.13.0+rocm7.2",
@@ -223,8 +298,21 @@ CPU = {**BLIND, "version": "2.13.0+cpu", "hip": None}
          "unset HIP_VISIBLE_DEVICES"),
         ({"variables": {"HSA_OVERRIDE_GFX_VERSION": "11.0.0"}}, ROCM, "auto", "warning",
          "HSA_OVERRIDE_GFX_VERSION=11.0.0", "unset HSA_OVERRIDE_GFX_VERSION"),
+        ({"amd": {**HEALTHY["amd"], "gpus": [{"arch": "gfx1103"}]}, "variables": {"HSA_OVERRIDE_GFX_VERSION": "9.4.2"}},
+         ROCM, "auto", "warning", "makes gfx1103 pass for another",
+         "make setup BACKEND=rocm TORCH_INDEX=amd; unset HSA_OVERRIDE_GFX_VERSION"),
+        ({"amd": {**HEALTHY["amd"], "gpus": [{"arch": "gfx942"}]}, "variables": {"HSA_OVERRIDE_GFX_VERSION": "9.4.2"}},
+         ROCM, "auto", "warning", "makes gfx942 pass for another", "unset HSA_OVERRIDE_GFX_VERSION"),
+        (RADEON_ALONE, BLIND, "gpu", "error", "1 AMD accelerator(s) on the PCI bus, but no /dev/kfd", "sudo modprobe"),
+        ({"amd": {**RADEON_ALONE["amd"], "kfd": True}}, CPU, "gpu", "error",
+         "built for the CPU alone, this is an AMD machine", "make setup BACKEND=rocm"),
+        (RADEON_ALONE, CUDA, "gpu", "error", "there is no accelerator here", "make setup BACKEND=cpu"),
         ({}, {**ROCM, "arch_list": ["gfx1100"]}, "auto", "error", "has kernels for gfx1100, not for gfx942",
-         "make setup BACKEND=rocm TORCH_INDEX=https://repo.amd.com/rocm/whl-multi-arch/ 'TORCH_VERSION=torch["),
+         "make setup BACKEND=rocm TORCH_INDEX=amd"),
+        ({"amd": {**HEALTHY["amd"], "rocm": "6.4"}}, ROCM, "auto", "warning", "for ROCm 7.2, the system has 6.4",
+         "update ROCm, https://rocm.docs.amd.com"),
+        ({"variables": {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}}, ROCM, "auto", "warning",
+         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is 1", "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
         ({"variables": {"HIP_VISIBLE_DEVICES": "4,5"}}, {**ROCM, "gpus": [{**GPU, "free_bytes": 190 * GIB}, GPU]},
          "auto", "error", "2 accelerators are visible; the trainer takes one alone", "export HIP_VISIBLE_DEVICES=5"),
         ({**NVIDIA, "variables": {"CUDA_VISIBLE_DEVICES": "0"}}, CUDA, "auto", "error",
@@ -251,8 +339,12 @@ def test_each_fault_of_the_system_is_found(system, torch, require, level, cause,
         ({"nvidia": NVIDIA["nvidia"]}, H100_CUDA, "gpu"),
         (NO_AMD, CPU, "auto"),
         ({"variables": {"HIP_VISIBLE_DEVICES": "3"}}, ROCM, "gpu"),
+        (RADEON_ALONE, CPU, "auto"),
+        (NVIDIA | RADEON_ALONE, H100_CUDA, "gpu"),
+        ({"variables": {"NVIDIA_TF32_OVERRIDE": "0"}}, ROCM, "gpu"),
     ],
-    ids=["NVIDIA beside AMD graphics", "AMD graphics without ROCm", "NVIDIA beside AMD", "CPU", "one device chosen"],
+    ids=["NVIDIA beside AMD graphics", "AMD graphics without ROCm", "NVIDIA beside AMD", "CPU", "one device chosen",
+         "AMD graphics without driver", "NVIDIA beside AMD graphics without driver", "TF32 switched off"],
 )  # fmt: skip
 def test_a_system_without_fault_is_found_to_have_none(system, torch, require):
     assert not list(load("00_check_gpu.py").judge_system(HEALTHY | system, torch, require))
@@ -297,6 +389,9 @@ def failed(error: str) -> dict:
         ({"bitsandbytes": passed(library="lib_rocm71.so", built_for="rocm71", torch_for="rocm72")}, {}, "warning",
          "took its library for rocm71, PyTorch is built for rocm72", "make bitsandbytes FORCE=1"),
         ({"decode_4bit": failed("off by nan")}, {}, "error", "decode_4bit with lib_rocm72.so: off by nan", "make bits"),
+        ({"attention_bf16": failed("off by nan")}, {}, "error", "attention_bf16 on the accelerator: off by", "amd-smi"),
+        ({"attention_bf16": passed(keeps_scores=True)}, {}, "warning", "attention keeps all its scores",
+         "make train-lora ARGS='--attn_implementation flex_attention'"),
         ({"hub": failed("no access to meta/Llama: GatedRepoError")}, {}, "error", "no access to meta/Llama",
          "ask for access at https://huggingface.co/meta/Llama, then HF_TOKEN= in .env"),
     ],
@@ -311,7 +406,55 @@ def test_each_fault_that_a_probe_shows_is_found(probes, variables, level, cause,
     assert finding.level == level and cause in finding.cause and finding.command.startswith(command)
 
 
-def test_the_torch_of_an_image_may_be_another():
+@pytest.mark.parametrize(
+    ("arch", "variables", "mend"),
+    [
+        ("gfx1100", {}, "export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"),
+        ("gfx1201", {"TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "0"}, "export TORCH_ROCM_"),
+        ("gfx1201", {"TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "1"}, "make train-lora ARGS='--attn_implementation"),
+    ],
+)
+def test_a_radeon_that_keeps_scores_is_told_what_switches_its_kernels_on(arch, variables, mend):
+    script = load("00_check_gpu.py")
+    probes = {name: passed() for name in script.PROBES} | {"attention_bf16": passed(keeps_scores=True)}
+    probes["packages"] = passed(versions=script.PINS, missing={})
+    (finding,) = script.judge_probes(probes, ROCM | {"gpus": [{**GPU, "arch": arch}]}, variables)
+    assert finding.level == "warning" and finding.command.startswith(mend)
+
+
+@pytest.mark.parametrize(
+    ("memory", "torch", "expected"),
+    [
+        ((100, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=110, gtt_used=3)), ROCM, (100, 110.5)),
+        ((120, 125, dict(vram_total=0.5, vram_used=0.25, gtt_total=110, gtt_used=30)), ROCM, (80.25, 110.5)),
+        ((28, 30, dict(vram_total=96, vram_used=6, gtt_total=15, gtt_used=1)), ROCM, (90, 96)),  # GTT is not taken then
+        ((50, 125, {}), ROCM, (50, 62)),  # as in a container without /sys
+        ((90, 119, {}), H100_CUDA, (62, 62)),
+        ((50, 119, {}), H100_CUDA, (50, 62)),
+    ],
+)
+def test_memory_that_is_shared_is_counted_once_and_as_it_is(memory, torch, expected, tmp_path):
+    script, predict = load("00_check_gpu.py"), load("chain/predict_memory.py")
+    machine = Machine(tmp_path, torch_for()).add_memory(*memory[:2], **memory[2])
+    machine.write("sys/class/drm/renderD129/device/vendor", "0x8086\n")
+    gpu = {"name": "shares", "memory_bytes": 62 * GIB, "free_bytes": 120 * GIB, "arch": "", "integrated": True}
+    facts = torch | {"gpus": [gpu, {**GPU, "integrated": False}, {**GPU, "integrated": True}]}
+    assert predict.find_memory(json.loads(json.dumps(facts)), tmp_path) == ("gpu", "shares", expected[0] * GIB)
+    shares, *others = script.share_memory(facts, tmp_path)["gpus"]
+    assert (shares["free_bytes"] / GIB, shares["memory_bytes"] / GIB) == expected
+    assert [(gpu["free_bytes"], gpu["memory_bytes"]) for gpu in others] == [(191 * GIB, 192 * GIB)] * 2
+
+
+@pytest.mark.parametrize(
+    ("free", "memory", "ram", "warned"), [(10, 62, 125, True), (10, 110, 125, False), (3, 8, 15, False)]
+)
+def test_shared_memory_that_others_use_is_not_taken_and_half_of_a_large_one_is_little(free, memory, ram, warned):
+    gpu = {**GPU, "free_bytes": free * GIB, "memory_bytes": memory * GIB, "ram_bytes": ram * GIB}
+    findings = [*load("00_check_gpu.py").judge_system(HEALTHY, ROCM | {"gpus": [gpu]}, "auto")]
+    assert ["amd-ttm --set 109" in finding.command for finding in findings] == [True] * warned
+
+
+def test_the_torch_of_an_image_may_be_another_and_that_of_amds_index():
     script = load("00_check_gpu.py")
     probes = {name: passed() for name in script.PROBES}
     probes["packages"] = passed(versions=script.PINS | {"torch": "2.10.0+rocm7.2.4"}, missing={})
@@ -319,21 +462,23 @@ def test_the_torch_of_an_image_may_be_another():
     assert not list(script.judge_probes(probes, ROCM | {"preinstalled": True}, {}))
     (finding,) = script.judge_probes(probes, ROCM, {})
     assert "torch 2.10.0+rocm7.2.4 instead of" in finding.cause and finding.command == "make setup"
+    probes["packages"]["facts"]["versions"]["torch"] = script.AMD_TORCH
+    assert not list(script.judge_probes(probes, ROCM | {"version": script.AMD_TORCH}, {}))
+    assert script.AMD_TORCH in (ROOT / "env/setup.sh").read_text()
 
 
 def test_a_probe_that_crashes_or_hangs_is_a_finding_and_not_the_end(tmp_path):
     text = SCRIPT.read_text()
-    for name, fault in (("backward", "os.abort()"), ("attention", "time.sleep(600)")):
-        start = f"def probe_{name}() -> dict:\n"
-        assert start in text
-        text = text.replace(start, f"{start}    {fault}\n")
+    for name, fault in (("matmul_fp32", "os.abort()"), ("attention", "time.sleep(600)")):
+        start = re.search(rf"def probe_{name}\(dtype.*\n", text)[0]
+        text = text.replace(start, f"{start}    dtype == 'float32' and {fault}\n")
     (tmp_path / "check.py").write_text(text)
-    quick = make_quick(Machine(tmp_path, torch_for(), REAL_PROBES="backward attention")).environment
+    quick = make_quick(Machine(tmp_path, torch_for(), REAL_PROBES="matmul_fp32 attention")).environment
     result = run(tmp_path / "check.py", "--timeout", "5", "--output", "report.json", cwd=tmp_path, **quick)
     probes = json.loads((tmp_path / "report.json").read_text())["probes"]
     assert result.returncode == 1
-    assert (probes["backward"]["status"], probes["attention"]["status"]) == ("crashed", "timed out")
-    assert "error: backward on the CPU: it ended with signal 6" in result.stdout
+    assert (probes["matmul_fp32"]["status"], probes["attention"]["status"]) == ("crashed", "timed out")
+    assert "error: matmul_fp32 on the CPU: it ended with signal 6" in result.stdout
     assert "error: attention on the CPU: it did not end within 5 s" in result.stdout
     assert probes["packages"]["status"] == probes["optimizer"]["status"] == "passed"
 

@@ -60,6 +60,7 @@ def check_settings(method: str, settings: dict) -> None:
 def find_memory(torch: dict | None, root: Path) -> tuple[str, str, int]:
     """Where a training would run (cpu or gpu), its name, and the bytes of memory there."""
     if torch and torch["available"]:
+        doctor.share_memory(torch, root)
         return "gpu", torch["gpus"][0]["name"], torch["gpus"][0]["free_bytes"]
     available = doctor.find(r"(?<=MemAvailable:)\s+\d+", doctor.read(root / "proc/meminfo"))
     memory = int(available) * 1024 if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
