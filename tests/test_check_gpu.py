@@ -251,6 +251,17 @@ def test_product_names_come_from_the_first_tool_that_works(tools, asked, tmp_pat
     assert (system["tool"], system["products"]) == (asked, [f"{asked} sees it"] if asked else [])
 
 
+def test_a_radeon_is_seen_by_its_architecture_and_on_the_bus(tmp_path):
+    machine = Machine(tmp_path, torch_for()).add_amd(gpu=RADEON)
+    machine.write("sys/bus/pci/devices/0000:09:00.0/vendor", "0x1002\n")
+    machine.write("sys/bus/pci/devices/0000:09:00.0/class", "0x038000\n")
+    machine.write("sys/bus/pci/devices/0000:09:00.1/vendor", "0x1002\n")
+    machine.write("sys/bus/pci/devices/0000:09:00.1/class", "0x040300\n")  # the sound of its display port
+    amd = load("00_check_gpu.py").look_at_system(tmp_path)["amd"]
+    assert amd["gpus"] == [{"arch": "gfx1100", "memory_bytes": 24 * GIB}]
+    assert (amd["on_pci_bus"], amd["graphics_on_pci_bus"]) == (0, 2)
+
+
 LOOK = """
 import importlib.util, pathlib, sys
 spec = importlib.util.spec_from_file_location("check", sys.argv[1])
