@@ -272,20 +272,22 @@ def find(pattern: str, text: str) -> str | None:
 
 def share_memory(torch: dict | None, root: Path) -> dict | None:
     """What PyTorch says, with the memory right of accelerators that share the processor's; an MI300A has its own."""
-    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", read(root / "proc/meminfo")))
-    ram, available = (1024 * int(sizes.get(name, 0)) for name in ("MemTotal", "MemAvailable"))
-    devices = [file.parent for file in root.glob("sys/class/drm/renderD*/device/mem_info_vram_total")]  # amdgpu's
-    kinds = ("vram_total", "vram_used", "gtt_total", "gtt_used")
-    amd = [[int(read(device / f"mem_info_{kind}") or 0) for kind in kinds] for device in devices]
+    found = re.findall(r"Mem(?:Total|Available):\s+(\d+)", read(root / "proc/meminfo"))
+    ram, available = (1024 * int(size) for size in found) if len(found) == 2 else (0, 0)
+    kinds = [f"mem_info_{kind}" for kind in ("vram_total", "vram_used", "gtt_total", "gtt_used")]  # files of amdgpu
+    files = root.glob(f"sys/class/drm/renderD*/device/{kinds[0]}")
+    amd = [[int(read(file.with_name(kind)) or 0) for kind in kinds] for file in files]
     for gpu in torch["gpus"] if torch and available else []:
         if gpu["integrated"] and gpu["arch"] != "gfx942":
             # CUDA leaves out file caches; HIP says the carve-out, or more free than in all (ROCm/hip 3892, ROCm 6004)
             gpu |= {"ram_bytes": ram, "free_bytes": min(gpu["memory_bytes"], available)}
             if torch["hip"] and amd:
                 vram, vram_used, gtt, gtt_used = min(amd)  # a Radeon beside it has more of its own
-                shared = gtt > vram  # else amdgpu gives the carve-out alone (ROCm/rocm-systems 5596)
-                gpu["memory_bytes"] = vram + gtt * shared
-                gpu["free_bytes"] = vram - vram_used + min(gtt - gtt_used, available) * shared
+                # amdgpu gives GTT too where that is larger (ROCm/rocm-systems 5596), as far as TTM lets it
+                most = min(ram, 4096 * int(read(root / "sys/module/ttm/parameters/pages_limit") or ram))
+                gtt = min(gtt, most) if gtt > vram else 0
+                gpu["memory_bytes"] = vram + gtt
+                gpu["free_bytes"] = vram - vram_used + max(0, min(gtt - gtt_used, available))
     return torch
 
 
@@ -344,9 +346,8 @@ def judge_system(system: dict, torch: dict | None, require: str) -> Iterator[Fin
         kernels = ["", *torch["arch_list"]] if torch and torch["available"] else [arch]
         mend = f"unset {name}" if arch in kernels else f"{AMD_SETUP}; unset {name}"
         yield Finding("warning", f"{name}={variables[name]} makes {arch or 'the device'} pass for another", mend)
-    # A Radeon looks there like the graphics of a processor: it counts where an accelerator is required.
     radeon = require == "gpu" and not nvidia["gpus"] and not (torch and torch["cuda"])
-    on_bus = amd["on_pci_bus"] or amd["graphics_on_pci_bus"] * radeon
+    on_bus = amd["on_pci_bus"] or amd["graphics_on_pci_bus"] * radeon  # which looks there as a processor's graphics do
     if unloaded := on_bus and not amd["kfd"]:
         why, mend = "the driver amdgpu is not loaded", "sudo modprobe amdgpu"
         if system["container"]:
@@ -406,8 +407,7 @@ def judge_accelerators(torch: dict, rocm: str | None, variables: dict) -> Iterat
     if ram := gpus[0].get("ram_bytes", 0):
         if hip and memory < 0.6 * ram and ram > 30 * 2**30:  # the kernel's default; a small machine needs its half
             cause = f"the accelerator may take {memory / 2**30:.0f} of {ram / 2**30:.0f} GiB of the memory it shares"
-            mend = f"pipx install amd-debug-tools; amd-ttm --set {ram * 7 // 8 // 2**30}   (then reboot)"
-            yield Finding("warning", cause, mend)
+            yield Finding("warning", cause, f"pipx install amd-debug-tools; amd-ttm --set {ram * 7 >> 33}   (reboot)")
     elif free < 0.8 * memory:
         used = f"{(memory - free) / 2**30:.0f} of {memory / 2**30:.0f} GiB of the accelerator's memory"
         yield Finding("warning", f"{used} are taken already", "amd-smi process" if hip else "nvidia-smi")

@@ -443,6 +443,8 @@ def test_where_scores_are_kept_the_command_is_what_gives_that_device_other_kerne
         ((100, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=110, gtt_used=3)), ROCM, (100, 110.5)),
         ((120, 125, dict(vram_total=0.5, vram_used=0.25, gtt_total=110, gtt_used=30)), ROCM, (80.25, 110.5)),
         ((28, 30, dict(vram_total=96, vram_used=6, gtt_total=15, gtt_used=1)), ROCM, (90, 96)),  # GTT is not taken then
+        ((120, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=128, gtt_used=3)), ROCM, (120, 125.5)),
+        ((120, 125, dict(vram_total=1, vram_used=0, gtt_total=120, gtt_used=2, limit=62)), ROCM, (61, 63)),
         ((50, 125, {}), ROCM, (50, 62)),  # as in a container without /sys
         ((90, 119, {}), H100_CUDA, (62, 62)),
         ((50, 119, {}), H100_CUDA, (50, 62)),
@@ -451,6 +453,8 @@ def test_where_scores_are_kept_the_command_is_what_gives_that_device_other_kerne
 def test_memory_that_is_shared_is_counted_once_and_as_it_is(memory, torch, expected, tmp_path):
     script, predict = load("00_check_gpu.py"), load("chain/predict_memory.py")
     machine = Machine(tmp_path, torch_for()).add_memory(*memory[:2], **memory[2])
+    if "limit" in memory[2]:
+        machine.write("sys/module/ttm/parameters/pages_limit", f"{memory[2]['limit'] * 2**18}\n")
     machine.write("sys/class/drm/renderD129/device/vendor", "0x8086\n")
     gpu = {"name": "shares", "memory_bytes": 62 * GIB, "free_bytes": 120 * GIB, "arch": "", "integrated": True}
     facts = torch | {"gpus": [gpu, {**GPU, "integrated": False}, {**GPU, "integrated": True}]}
