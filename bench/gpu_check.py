@@ -57,6 +57,7 @@ TRAININGS = {
 # What is changed of the recipe fast for the step variants: options, and environment.
 VARIANTS = {
     "cuDNN's attention first": ("", {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}),
+    "blocks of memory that do not grow": ("", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
     "without Liger kernels": ("--use_liger_kernel false", {}),
     "paged_adamw_32bit": ("--optim paged_adamw_32bit", {}),
     "the loss in chunks": ("--token_metrics true", {}),
@@ -72,7 +73,8 @@ peft.helpers.disable_input_dtype_casting = lambda *model, **active: contextlib.n
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-OURS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "HF_HUB_OFFLINE": "1"}  # the first as run_step.py has it
+# As run_step.py has them, for what runs without it.
+OURS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
 MAIN = ("doctor", "kernels", "tiny", "wide", "answers")
 
 
