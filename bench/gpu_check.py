@@ -39,7 +39,7 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 SCRIPTS, RECIPES = ROOT / "scripts", ROOT / "env/recipes"
 sys.path.insert(0, str(SCRIPTS / "chain"))
-from memory import count_weights  # noqa: E402
+from memory import SETTINGS, count_weights, predict_memory  # noqa: E402
 
 TIMED = BENCH / "timed.py"
 LORA, FULL = SCRIPTS / "02_train_lora.py", SCRIPTS / "03_train_full.py"
@@ -68,8 +68,9 @@ VARIANTS = {
     "batches of 16": ("--per_device_train_batch_size 16", {}),
 }
 WITH_CASTS = """
-import contextlib, runpy, sys, peft.helpers
-peft.helpers.disable_input_dtype_casting = lambda *model, **active: contextlib.nullcontext()
+import runpy, sys
+from peft.tuners.tuners_utils import BaseTunerLayer
+BaseTunerLayer.cast_input_dtype_enabled = property(lambda layer: True, lambda layer, value: None)
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -173,8 +174,11 @@ def check_kernels(check: Check) -> None:
     file = check.work / "kernels.json"
     check.run("kernels", BENCH / "kernels.py", file, *([] if check.gpu else ["--quick"]), limit=120)
     found = read(file)
-    check.peaks = found["tflops"]
-    said = ", ".join(f"{name} {peak:.3g}" for name, peak in check.peaks.items())
+    check.peaks, sheet = found["tflops"], found["data_sheet"]
+    said = ", ".join(
+        f"{name} {peak:.3g}{f' ({peak / sheet[name]:.2f} of the data sheet)' if name in sheet else ''}"
+        for name, peak in check.peaks.items()
+    )
     check.say("peak of a product, TFLOP/s", said, check.peaks)
     check.say("copy on the device, GB/s", f"{found['copy_gb_per_second']:.0f}", found["copy_gb_per_second"])
     for order, kinds in found["attention"].items():
@@ -293,21 +297,26 @@ def train_wide(check: Check, name: str, script: Path, options: str, steps: int, 
     """What some steps of a training of the wide model took; before: Python's arguments ahead of timed.py."""
     if not check.peaks:
         check_kernels(check)
-    folder, full, out = make_model(check, check.args.size), script == FULL, check.work / "wide"
-    file, most = check.work / f"{name.replace(' ', '-')}.json", 128 if check.tiny else 1024
-    given = [*options.format(**choose_recipes(check)).split(), "--max_length", most]
-    command = [script, "--model_name_or_path", folder / "model", "--dataset_name", folder / "rows", *given]
+    folder, full, out = (
+        make_model(check, check.args.size),
+        script == FULL,
+        check.work / f"wide-{name.replace(' ', '-')}",
+    )
+    file = check.work / "timed.json"
+    command = [script, "--model_name_or_path", folder / "model", "--dataset_name", folder / "rows"]
+    command += [*options.format(**choose_recipes(check)).split(), "--max_length", 128 if check.tiny else 1024]
     command += ["--output_dir", out, "--max_steps", steps, "--logging_steps", 1]
     command += ["--save_strategy", "no", "--report_to", "none", "--learning_rate", 1e-4 if full else 1e-3]
     check.run(name, *before, TIMED, file, *command, limit=120, **environment)
     found, run, config = read(file), read(out / "run.json"), read(folder / "model/config.json")
     times, arguments = found["step_seconds"], run["arguments"]
+    shutil.rmtree(out / "model", ignore_errors=True)  # of all parameters: 14 GB
     each = len(found["shapes"]) // len(times)  # forward passes of a step
     shapes = [found["shapes"][each * number : each * (number + 1)] for number in range(len(times))]
     tokens = [sum(rows * length for rows, length in step) for step in shapes]
     late = range(3, len(times))  # the first steps load kernels
     longest = max(late, key=lambda number: tokens[number])
-    targets = ["all-linear"] if arguments.get("load_in_4bit") else ["q_proj", "v_proj"]
+    targets = arguments.get("lora_target_modules") or ["q_proj", "v_proj"]  # PEFT's choice for Llama
     operations = sum(count_operations(config, shape, full, targets) for shape in shapes[longest])
     tflops, peak = operations / times[longest] / 1e12, check.peaks["bfloat16" if arguments["bf16"] else "float32"]
     seen, first, again = {}, 0.0, 0.0
@@ -315,43 +324,36 @@ def train_wide(check: Check, name: str, script: Path, options: str, steps: int, 
         seen.setdefault(str(shapes[number]), []).append(times[number])
     for new, *repeated in filter(lambda times: len(times) > 1, seen.values()):
         first, again = first + new, again + statistics.mean(repeated)
+    settings = {key: arguments.get(key, value) for key, value in SETTINGS.items()} | {"lora_target_modules": targets}
+    method, where = "full" if full else "lora", "gpu" if check.gpu else "cpu"
     return {
         "tokens_per_second": sum(tokens[number] for number in late) / sum(times[number] for number in late),
         "longest": {"tokens": tokens[longest], "seconds": times[longest], "tflops": tflops, "share": tflops / peak},
         "losses": [entry["loss"] for entry in run["history"] if "loss" in entry],
         "new_over_known": first / again if again else None,
-        "allocated": found["peak_memory_bytes"], "reserved": found["reserved_memory_bytes"], "options": given,
+        "allocated": found["peak_memory_bytes"], "reserved": found["reserved_memory_bytes"],
+        "predicted": predict_memory(config, method, settings, arguments["max_length"], where)["allocated"],
     }  # fmt: skip
 
 
-def judge_memory(check: Check, name: str, found: dict, method: str) -> None:
-    """Memory allocated and reserved beside what predict_memory.py says."""
-    file, model = check.work / "memory.json", check.work / check.args.size / "model"
-    command = [SCRIPTS / "chain/predict_memory.py", "--model", model, "--method", method, "--force", "--output", file]
-    check.run(f"memory {name}", *command, "--", *found["options"], limit=60)
-    sizes = read(file)["predictions"][0]["bytes"]
-    allocated, reserved, predicted = (
-        size / 2**30 for size in (found["allocated"], found["reserved"], sizes["allocated"])
-    )
-    said = f"{allocated:.2f} GiB allocated, {predicted:.2f} predicted: {100 * (allocated / predicted - 1):+.1f} %"
-    good = abs(allocated / predicted - 1) <= 0.08
-    check.judge(f"{name}, memory", said, allocated, good, "allocated within 8 % of predicted", speed=True)
-    # Where Make says that a training fits, it has to: predict_memory.py leaves that much.
-    good = reserved <= 1.05 * predicted + 1
-    check.judge(f"{name}, reserved", f"{reserved:.2f} GiB", reserved, good, "5 % and 1 GiB above at most", speed=True)
-
-
 def judge_wide(check: Check, name: str, found: dict, share: float | None) -> None:
+    """Speed, losses, and memory beside what predict_memory.py says."""
     longest, losses = found["longest"], found["losses"]
     said = f"{found['tokens_per_second']:,.0f} tokens/s; {longest['tokens'] / longest['seconds']:,.0f} at "
     said += f"{longest['tokens']} tokens: {longest['tflops']:.4g} TFLOP/s, {longest['share']:.2f} of the peak"
-    if share:  # of float32 nearly all; in bfloat16 what is no product takes half of the time
+    if share:  # in float32 nearly all is products; in bfloat16 norms, MLP and attention take half of the time
         check.judge(name, said, found, longest["share"] >= share, f"{share} of the measured peak", speed=True)
     else:
         check.say(name, said, found)
     ends = [statistics.mean(part) for part in (losses[:10], losses[-10:])]
     if len(losses) >= 40:  # of fewer, whose rows are others, it does not tell
         check.judge(f"{name}, loss", f"{ends[0]:.4f} to {ends[1]:.4f}", ends, ends[1] < ends[0], "falls")
+    allocated, reserved, predicted = (found[key] / 2**30 for key in ("allocated", "reserved", "predicted"))
+    said = f"{allocated:.2f} GiB allocated, {predicted:.2f} predicted: {100 * (allocated / predicted - 1):+.1f} %"
+    good = abs(allocated / predicted - 1) <= 0.08
+    check.judge(f"{name}, memory", said, allocated, good, "allocated within 8 % of predicted", speed=True)
+    good = reserved <= 1.05 * predicted + 1  # what predict_memory.py leaves where it says that a training fits
+    check.judge(f"{name}, reserved", f"{reserved:.2f} GiB", reserved, good, "5 % and 1 GiB above at most", speed=True)
 
 
 def check_wide(check: Check) -> None:
@@ -366,8 +368,6 @@ def check_wide(check: Check) -> None:
         if found := check.attempt(name, train_wide, check, name, script, options, steps):
             runs[name] = found
             judge_wide(check, name, found, share)
-            method = "full" if script == FULL else "qlora" if name == "QLoRA" else "lora"
-            check.attempt(f"{name}, memory", judge_memory, check, name, found, method)
     if fast := runs.get("fast"):  # a plan for each length, or a compilation, is many times a step
         ratio = fast["new_over_known"]
         check.judge("fast, a new length over a known one", f"{ratio:.2f}", ratio, ratio < 1.3, "below 1.3", speed=True)
@@ -395,9 +395,9 @@ def answer(check: Check, what: str, *options) -> None:
 
 
 def check_answers(check: Check) -> None:
-    model, adapter = check.work / check.args.size / "model", check.work / "wide/adapter"
+    model, adapter = check.work / check.args.size / "model", check.work / "wide-fast/adapter"
     if not adapter.is_dir():
-        train_wide(check, "adapter", LORA, "--config {fast-lora}", 4)
+        train_wide(check, "fast", LORA, "--config {fast-lora}", 4)
     for dtype in ("float32", "bfloat16"):
         for name, options in (("adapter", [adapter, "--base_model", model]), ("whole model", [model])):
             what = f"{name}, {dtype}"
@@ -440,6 +440,18 @@ def add_wheels(folder: Path, site: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def look_for_torch(args: argparse.Namespace) -> None:
+    """Ends where this Python has no torch, or torch no accelerator."""
+    look = [sys.executable, "-c", "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"]
+    status = 0 if args.device == "cpu" else subprocess.run(look, capture_output=True).returncode
+    if status == 3:
+        sys.exit('error: PyTorch finds no accelerator. Type: make check-gpu, or add ARGS="--size tiny --device cpu"')
+    if status:
+        sys.exit(
+            f"error: {sys.executable} has no PyTorch that works. Type: make setup, or name another: PYTHON=python3"
+        )
+
+
 def main() -> None:
     args = parse_arguments()
     begin = time.monotonic()
@@ -448,6 +460,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=shared if roomy else None) as name:
         if args.wheels:
             add_wheels(args.wheels, Path(name, "site"))
+        look_for_torch(args)
         check = Check(args, Path(name))
         check.logs.mkdir(parents=True, exist_ok=True)
         for check.step in args.only:

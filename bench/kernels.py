@@ -2,10 +2,11 @@
 
     python kernels.py OUT.json [--quick]        # --quick: sizes for a CPU
 
-OUT.json  tflops: of a product of two square matrices in float32, TF32 and bfloat16; copy_gb_per_second: read and
-          written; attention: milliseconds of forward and backward in bfloat16 at lengths that are new, and at the same
-          ones again, causal, without and with a mask, and with shared key heads; decoding: milliseconds for one token
-          at growing lengths, new and again. Both with the order of kernels that run_step.py sets, and PyTorch's own.
+OUT.json  tflops: of a product of two square matrices in float32, TF32 and bfloat16; data_sheet: what the maker names,
+          where machine.py knows the card; copy_gb_per_second: read and written; attention: milliseconds of forward and
+          backward in bfloat16 at lengths that are new, and at the same ones again, causal, without and with a mask, and
+          with shared key heads; decoding: milliseconds for one token at growing lengths, new and again. Both with the
+          order of kernels that run_step.py sets, and PyTorch's own.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import DATA_SHEET
 from torch.nn.functional import scaled_dot_product_attention
 
 GPU, quick = torch.cuda.is_available(), "--quick" in sys.argv
@@ -89,7 +91,8 @@ def measure_attention() -> dict:
 
 def main() -> None:
     size = 512 if quick else 8192
-    found = {"tflops": {}, "attention": {}}
+    sheet = DATA_SHEET.get(torch.cuda.get_device_name(), {}) if GPU else {}
+    found = {"tflops": {}, "data_sheet": sheet, "attention": {}}
     for name, dtype in (("float32", torch.float32), ("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
         if name == "TF32" and (torch.version.hip or not GPU):
             continue

@@ -49,14 +49,14 @@ def train_tokenizer():
 def make_model(size: str, folder: Path) -> None:
     """Saves a Llama of that size, drawn on the accelerator where there is one, with the tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     tokenizer, gpu = train_tokenizer(), torch.cuda.is_available()
     ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     dtype = torch.bfloat16 if gpu and size != "tiny" else torch.float32
     with torch.device("cuda:0" if gpu else "cpu"):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size], **ids), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES[size], **ids), dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

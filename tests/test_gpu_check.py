@@ -1,8 +1,10 @@
 """make gpu-check: every step on the CPU, on a tiny model; and what it judges, on figures that are made up."""
 
 import json
+import os
 import runpy
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +101,7 @@ def wide(**others) -> dict:
     """What a training of the wide model found: within each limit, but for others."""
     longest = {"tokens": 4096, "seconds": 0.15, "tflops": 400.0, "share": 0.65}
     found = {"tokens_per_second": 14000, "longest": longest, "losses": [10.0] * 20 + [9.0] * 20}
-    found |= {"new_over_known": 1.1, "allocated": 100, "reserved": 110, "options": []}
+    found |= {"new_over_known": 1.1, "allocated": 10 * 2**30, "reserved": 11 * 2**30, "predicted": 10 * 2**30}
     return found | others
 
 
@@ -112,6 +114,9 @@ def wide(**others) -> dict:
         ("fast", {"losses": [9.0] * 40}, ["fast, loss", "fast beside the default, loss of 6 steps"]),
         ("fast", {"new_over_known": 1.5}, ["fast, a new length over a known one"]),
         ("default", {"losses": [10.1] * 6}, ["fast beside the default, loss of 6 steps"]),
+        ("full fast", {"allocated": 10.9 * 2**30}, ["full fast, memory"]),
+        ("QLoRA", {"allocated": 9.1 * 2**30, "reserved": 9.3 * 2**30}, ["QLoRA, memory"]),
+        ("full fast", {"reserved": 11.6 * 2**30}, ["full fast, reserved"]),
     ],
 )
 def test_what_is_beyond_its_limit_is_said(kind, others, bad, check, monkeypatch, tmp_path):
@@ -119,7 +124,6 @@ def test_what_is_beyond_its_limit_is_said(kind, others, bad, check, monkeypatch,
         return wide(losses=[10.0] * 40 if name != "fast" else wide()["losses"]) | (others if name == kind else {})
 
     monkeypatch.setitem(check.names, "train_wide", train)
-    monkeypatch.setitem(check.names, "judge_memory", lambda *found: None)
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output_dir", str(tmp_path)])
     one = check.Check(check.parse_arguments(), tmp_path)
     check.check_wide(one)
@@ -128,19 +132,6 @@ def test_what_is_beyond_its_limit_is_said(kind, others, bad, check, monkeypatch,
         one.rows.remove(row)
     assert [row["what"] for row in one.rows if row["good"] is False] == bad
     assert all(row["good"] is not None for row in one.rows if row["limit"])  # on an accelerator all is judged
-
-
-@pytest.mark.parametrize(
-    ("allocated", "reserved", "bad"),
-    [(10.5, 11, []), (11, 11, ["x, memory"]), (8.9, 11, ["x, memory"]), (10, 11.6, ["x, reserved"])],
-)
-def test_memory_is_judged_beside_its_prediction(allocated, reserved, bad, check, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output_dir", str(tmp_path)])
-    one = check.Check(check.parse_arguments(), tmp_path)
-    prediction = {"predictions": [{"bytes": {"allocated": 10 * 2**30}}]}
-    monkeypatch.setattr(one, "run", lambda *args, **how: (tmp_path / "memory.json").write_text(json.dumps(prediction)))
-    check.judge_memory(one, "x", wide(allocated=allocated * 2**30, reserved=reserved * 2**30), "lora")
-    assert [row["what"] for row in one.rows if row["good"] is False] == bad
 
 
 def test_operations_are_those_that_the_bench_counts(check, monkeypatch, tmp_path):
@@ -177,3 +168,35 @@ def test_without_an_environment_it_runs_on_the_python_that_is_named():
     command = ["make", "-n", "gpu-check", "VENV=.venv-none", "PYTHON=python3.99", "ARGS=--size tiny --device cpu"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert printed.strip() == "python3.99 bench/gpu_check.py --output_dir outputs/check --size tiny --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        (
+            "class cuda:\n    is_available = lambda: False\n",
+            "PyTorch finds no accelerator. Type: make check-gpu, or add",
+        ),
+        ("raise ImportError('libcudart')\n", "has no PyTorch that works. Type: make setup, or name another: PYTHON="),
+    ],
+)
+def test_without_torch_or_an_accelerator_nothing_begins(torch, said, tmp_path):
+    (tmp_path / "torch.py").write_text(torch)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "bench/gpu_check.py", "--output_dir", tmp_path / "check"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "check").exists()
+
+
+def test_the_casts_that_a_variant_keeps_are_kept(check, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import sys, torch\nfrom peft import LoraConfig, get_peft_model\n"
+        "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=['0']))\n"
+        "for layer in model.modules():\n    layer.cast_input_dtype_enabled = False\n"
+        "print(sys.argv, model.base_model.model[0].cast_input_dtype_enabled)\n"
+    )
+    for before, kept in ((["-c", check.WITH_CASTS], True), ([], False)):
+        command = [sys.executable, *before, tmp_path / "script.py", "--option"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert printed == f"{[str(tmp_path / 'script.py'), '--option']} {kept}\n"
