@@ -366,6 +366,21 @@ def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
     assert loaded[0] == "float32"
 
 
+@pytest.mark.parametrize("script", ["02_train_lora.py", "03_train_full.py"])
+def test_weights_go_straight_to_the_device_of_the_training(script, tiny_model, question_rows, tmp_path, monkeypatch):
+    module, given = load(script), []
+
+    def stop(name, **options):
+        given.append(options["device_map"])
+        raise InterruptedError
+
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", stop)
+    monkeypatch.setattr(module.Config, "device", torch.device("cuda:0"))
+    with pytest.raises(InterruptedError):
+        call(script, "--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", tmp_path)
+    assert given == [torch.device("cuda:0")]
+
+
 def test_compiled_layers_learn_the_same_from_rows_of_any_length(tiny_model, question_rows, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compiled.append((layer, options)))
