@@ -2,7 +2,7 @@
 
     make gpu-check                                     # or, with any Python that has torch: python3 bench/gpu_check.py
     make gpu-check ARGS="--size tiny --device cpu"     # the same steps without an accelerator
-    make gpu-check ARGS="--only kernels variants"      # instead: what each setting of the recipe fast gains
+    make gpu-check ARGS=--variants                     # instead: what each setting of the recipe fast gains
 
 Needs no hub, no network and no environment of make: its models, tokenizer and rows come from data/ and a config
 (synthetic.py). --wheels FOLDER: wheels of the packages that this Python lacks; they are put into a temporary folder.
@@ -14,7 +14,7 @@ tiny      a tiny model by run_step.py, in each recipe and with each optimizer: S
 wide      Llama-2-7B's width, 16 of its 32 layers, on rows as long as the tutorial's: the recipe fast, the default,
           QLoRA and training without LoRA; speed, losses, memory beside its prediction
 answers   64 tokens by 05_generate.py with the adapter and with a whole model, in float32 and in bfloat16
-variants  only if asked for: the recipe fast on the wide model with one setting changed
+variants  with --variants, after kernels alone: the recipe fast on the wide model with one setting changed
 
 Each command has its own time limit, and one that fails ends nothing but what needs it. What is judged has a limit, with
 its reason; speed and memory are judged on an accelerator alone.
@@ -86,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--size", choices=["tiny", "llama2-7b-half"], default="llama2-7b-half", help="of the steps wide and answers")
     add("--device", choices=["gpu", "cpu"], default="gpu", help="cpu: though there is an accelerator, or none")
     add("--only", nargs="+", choices=list(STEPS), default=list(MAIN), help="these steps")
+    add("--variants", action="store_const", dest="only", const=["kernels", "variants"], help="--only kernels variants")
     add("--wheels", type=Path, metavar="FOLDER", help="wheels of packages that this Python lacks")
     add("--minutes", type=float, default=8, help="what would begin later is left out (default: 8)")
     add("--output_dir", type=Path, default=ROOT / "outputs/check", help="folder of gpu.json, gpu.md and gpu/")

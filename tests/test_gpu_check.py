@@ -200,3 +200,22 @@ def test_the_casts_that_a_variant_keeps_are_kept(check, tmp_path):
         command = [sys.executable, *before, tmp_path / "script.py", "--option"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert printed == f"{[str(tmp_path / 'script.py'), '--option']} {kept}\n"
+
+
+def test_variants_are_set_beside_the_recipe_fast(check, monkeypatch):
+    asked = []
+
+    def train(check, name, script, options, steps, *before, **environment):
+        asked.append((name, options, steps, before[:1], environment))
+        return wide(tokens_per_second=7000 if name == "packing" else 14000)
+
+    monkeypatch.setitem(check.names, "train_wide", train)
+    monkeypatch.setitem(check.STEPS, "kernels", lambda check: None)
+    report = check.run_main("--variants")
+    found = {row["what"]: row["found"] for row in report["rows"]}
+    assert check.status == 0 and found["packing"].startswith("0.50 of fast, 7,000 tokens/s, 10.00 GiB")
+    assert [name for name, *_ in asked] == ["fast", *check.VARIANTS]
+    how = {name: rest for name, *rest in asked}
+    assert how["cuDNN's attention first"][3] == {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
+    assert how["layers compiled"][0] == "--config {fast-lora} --compile_layers true" and how["packing"][1] == 40
+    assert how["PEFT's casts kept"][2] == ("-c",) and how["batches of 16"][1] == 10
