@@ -103,7 +103,7 @@ class Check:
         # On a CPU models as small as these compute no faster with more threads.
         on_cpu = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.environment = os.environ | OURS | on_cpu
-        self.report, self.peaks, self.at_once = {}, {}, min(6, os.cpu_count())
+        self.machine, self.report, self.peaks, self.at_once = "", {}, {}, min(6, os.cpu_count())
 
     def run(self, name: str, *command, limit: float, statuses: tuple = (0,), **environment) -> None:
         """Runs a Python command; a RuntimeError where it does not end as it should within its limit in seconds."""
@@ -162,7 +162,8 @@ def check_doctor(check: Check) -> None:
     check.report = report = read(file)
     found = report["torch"] or {"version": "none", "gpus": []}
     names = [gpu["name"] for gpu in found["gpus"]] or ["the CPU"]
-    check.say("machine", f"{names[0]}, PyTorch {found['version']}, Python {report['python']}")
+    check.machine = f"{names[0]}, PyTorch {found['version']}"
+    check.say("machine", f"{check.machine}, Python {report['python']}")
     check.say("verdict", "; ".join([report["verdict"], *(each["cause"] for each in report["findings"])])[:500])
     if report["system"]["nvidia"].get("exclusive"):
         check.at_once = 1
@@ -175,7 +176,7 @@ def check_kernels(check: Check) -> None:
     file = check.work / "kernels.json"
     check.run("kernels", BENCH / "kernels.py", file, *([] if check.gpu else ["--quick"]), limit=120)
     found = read(file)
-    check.peaks, sheet = found["tflops"], found["data_sheet"]
+    check.machine, check.peaks, sheet = found["machine"], found["tflops"], found["data_sheet"]
     said = ", ".join(
         f"{name} {peak:.3g}{f' ({peak / sheet[name]:.2f} of the data sheet)' if name in sheet else ''}"
         for name, peak in check.peaks.items()
@@ -467,8 +468,7 @@ def main() -> None:
         for check.step in args.only:
             check.attempt(check.step, STEPS[check.step], check)
     seconds = time.monotonic() - begin
-    machine = next((row["found"] for row in check.rows if row["what"] == "machine"), "?")
-    machine = f"{machine}, {args.size}, {datetime.now().astimezone():%Y-%m-%d}, {seconds:.0f} s"
+    machine = f"{check.machine}, {args.size}, {datetime.now().astimezone():%Y-%m-%d}, {seconds:.0f} s"
     if args.only == list(MAIN):
         check.step = "all"
         good = seconds <= 60 * args.minutes

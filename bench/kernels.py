@@ -2,11 +2,11 @@
 
     python kernels.py OUT.json [--quick]        # --quick: sizes for a CPU
 
-OUT.json  tflops: of a product of two square matrices in float32, TF32 and bfloat16; data_sheet: what the maker names,
-          where machine.py knows the card; copy_gb_per_second: read and written; attention: milliseconds of forward and
-          backward in bfloat16 at lengths that are new, and at the same ones again, causal, without and with a mask, and
-          with shared key heads; decoding: milliseconds for one token at growing lengths, new and again. Both with the
-          order of kernels that run_step.py sets, and PyTorch's own.
+OUT.json  machine; tflops: of a product of two square matrices in float32, TF32 and bfloat16; data_sheet: what its maker
+          names, where machine.py knows the card; copy_gb_per_second: read and written; attention: milliseconds of
+          forward and backward in bfloat16 at lengths that are new, and at the same ones again, causal, without and with
+          a mask, and with shared key heads; decoding: milliseconds for one token at growing lengths, new and again.
+          Both with the order of kernels that run_step.py sets, and PyTorch's own.
 """
 
 import json
@@ -92,7 +92,8 @@ def measure_attention() -> dict:
 def main() -> None:
     size = 512 if quick else 8192
     sheet = DATA_SHEET.get(torch.cuda.get_device_name(), {}) if GPU else {}
-    found = {"tflops": {}, "data_sheet": sheet, "attention": {}}
+    name = f"{torch.cuda.get_device_name() if GPU else 'the CPU'}, PyTorch {torch.__version__}"
+    found = {"machine": name, "tflops": {}, "data_sheet": sheet, "attention": {}}
     for name, dtype in (("float32", torch.float32), ("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
         if name == "TF32" and (torch.version.hip or not GPU):
             continue
