@@ -219,3 +219,95 @@ def test_variants_are_set_beside_the_recipe_fast(check, monkeypatch):
     assert how["cuDNN's attention first"][3] == {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
     assert how["layers compiled"][0] == "--config {fast-lora} --compile_layers true" and how["packing"][1] == 40
     assert how["PEFT's casts kept"][2] == ("-c",) and how["batches of 16"][1] == 10
+
+
+def judged(check, monkeypatch, tmp_path, files: dict, step, *given) -> list[str]:
+    """What a step finds not to be as it should, on an accelerator, where its commands would write these files."""
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--output_dir", str(tmp_path)])
+    one = check.Check(check.parse_arguments(), tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr(one, "run", lambda *command, **how: None)
+    step(one, *given)
+    return [row["what"] for row in one.rows if row["good"] is False]
+
+
+def kernels(new: float, finite: bool) -> dict:
+    times = {
+        kind: {"new": [[new, 1.0]] * 5, "again": [[1.0, 1.0]] * 5, "finite": finite} for kind in ("causal", "masked")
+    }
+    times["decoding"] = {"new": [0.1] * 20, "again": [0.1] * 20}
+    attention = {
+        "as run_step.py sets it": times,
+        "PyTorch's own": {"causal": {"new": [[90.0, 90.0]], "again": [[1.0, 1.0]]}},
+    }
+    found = {
+        "machine": "x",
+        "tflops": {"bfloat16": 800.0},
+        "data_sheet": {"bfloat16": 1000},
+        "copy_gb_per_second": 3000,
+    }
+    return found | {"attention": attention}
+
+
+@pytest.mark.parametrize(
+    ("new", "finite", "bad"),
+    [(2.0, True, []), (50.0, True, ["attention, as run_step.py sets it: ms at a new length and again"]),
+     (2.0, False, ["gradients of attention"])],
+)  # fmt: skip
+def test_kernels_are_judged_in_the_order_that_is_set(new, finite, bad, check, monkeypatch, tmp_path):
+    files = {"kernels.json": kernels(new, finite)}
+    assert judged(check, monkeypatch, tmp_path, files, check.check_kernels) == bad
+
+
+@pytest.mark.parametrize(("slowest", "bad"), [(0.04, []), (0.06, ["adapter"])])
+def test_tokens_behind_the_kernels_are_judged(slowest, bad, check, monkeypatch, tmp_path):
+    times = [1.0, 0.5, *[0.01] * 30, slowest]  # the first load kernels
+    files = {"answers.json": {"token_seconds": times, "first_token_at": 9.0}}
+    assert judged(check, monkeypatch, tmp_path, files, check.answer, "adapter") == bad
+
+
+def test_probes_of_kernels_that_fail_are_judged(check, monkeypatch, tmp_path):
+    broken = DOCTOR | {"probes": {"attention": {"status": "failed", "error": "off by nan"}}}
+    assert judged(check, monkeypatch, tmp_path, {"doctor.json": broken}, check.check_doctor) == ["probes"]
+
+
+@pytest.mark.parametrize(
+    ("whole", "stopped", "ends", "bad"),
+    [
+        ([3.0, 2.0], [3.0, 2.0005], [2.0, 2.0], []),
+        ([3.0, 3.1], [3.0, 3.1], [2.0, 2.0], ["LoRA"]),
+        ([3.0, 2.0], [3.0, 2.01], [2.0, 2.0], ["LoRA, stopped and gone on with"]),
+        ([3.0, 2.0], [3.0, 2.0], [2.0, 2.01], ["LoRA, stopped and gone on with"]),
+    ],
+)
+def test_trainings_on_kernels_of_a_card_are_judged(whole, stopped, ends, bad, check, monkeypatch, tmp_path):
+    files = {}
+    for name, losses, end in (("whole", whole, ends[0]), ("stopped", stopped, ends[1])):
+        history = [{"step": number, "loss": loss} for number, loss in enumerate(losses)]
+        files[f"runs/LoRA-{name}/run.json"] = {"history": history, "metrics": {"eval_loss": end}, "sha256": {}}
+    assert judged(check, monkeypatch, tmp_path, files, check.train_twice, "LoRA", {}) == bad
+
+
+@pytest.mark.parametrize(
+    ("answer", "measured", "bad"),
+    [
+        ("yes", 2.0, []),
+        ("no", 2.0, ["different answers in float32"]),
+        ("yes", 2.001, ["evaluate"]),
+    ],
+)
+def test_answers_and_measured_losses_behind_the_kernels_are_judged(answer, measured, bad, check, monkeypatch, tmp_path):
+    files = {f"{kind} {script} {dtype}.jsonl": {"answer": "yes"} for kind in ("adapter", "merged")
+             for script in ("05", "06") for dtype in ("float32", "bfloat16")}  # fmt: skip
+    files["merged 06 float32.jsonl"] = {"answer": answer}
+    models = [
+        {"name": "base", "loss": 3.0},
+        {"name": "LoRA-whole", "loss": measured},
+        {"name": "full-whole", "loss": 2.0},
+    ]
+    files["evaluation/evaluation.json"] = {"models": models}
+    files |= {f"runs/{name}-whole/run.json": {"metrics": {"eval_loss": 2.0}} for name in ("LoRA", "full")}
+    monkeypatch.setitem(check.names, "train_twice", lambda *given: None)
+    assert judged(check, monkeypatch, tmp_path, files, check.check_tiny) == bad
