@@ -49,9 +49,9 @@ TRAININGS = {
     "LoRA, fast": (LORA, "--config {fast-lora}"),
     "LoRA, adamw_torch": (LORA, "--optim adamw_torch"),
     "LoRA, adamw_8bit": (LORA, "--optim adamw_8bit"),
-    "LoRA, paged_adamw_8bit": (LORA, "--optim paged_adamw_8bit"),
     "QLoRA": (LORA, "--config {qlora}"),
-    "full": (FULL, ""),
+    "full": (FULL, ""),  # whose embedding is large enough to be paged, as an adapter's matrices are not
+    "full, paged_adamw_8bit": (FULL, "--optim paged_adamw_8bit"),
     "full, fast": (FULL, "--config {fast-full}"),
 }
 # What is changed of the recipe fast for the step variants: options, and environment.
@@ -75,7 +75,11 @@ sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # As run_step.py has them, for what runs without it.
-OURS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+OURS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "HF_HUB_OFFLINE": "1"}
+if Path("/dev/nvidiactl").exists():
+    OURS["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"} & os.environ.keys():
+    OURS["CUDA_VISIBLE_DEVICES"] = "0"
 MAIN = ("doctor", "kernels", "tiny", "wide", "answers")
 
 
@@ -102,8 +106,8 @@ class Check:
         self.logs = args.output_dir.resolve() / "gpu"
         # On a CPU models as small as these compute no faster with more threads.
         on_cpu = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.environment = os.environ | OURS | on_cpu
-        self.machine, self.report, self.peaks, self.at_once = "", {}, {}, min(6, os.cpu_count())
+        self.environment = OURS | os.environ | on_cpu
+        self.machine, self.report, self.peaks, self.at_once = "", {}, {}, min(8, os.cpu_count())
 
     def run(self, name: str, *command, limit: float, statuses: tuple = (0,), **environment) -> None:
         """Runs a Python command; a RuntimeError where it does not end as it should within its limit in seconds."""
@@ -144,10 +148,9 @@ class Check:
         """What a function returns; where it fails, that is what was found."""
         try:
             return function(*given, **how)
-        except RuntimeError as error:
-            self.judge(what, str(error), None, False, "ends well")
-        except (ArithmeticError, LookupError, OSError, ValueError) as error:  # of what a command wrote
-            self.judge(what, repr(error), None, False, "ends well")
+        except Exception as error:  # of a command, or of what it wrote
+            said = str(error) if isinstance(error, RuntimeError) else repr(error)
+            self.judge(what, said, None, False, "ends well")
         return None
 
 
@@ -172,9 +175,25 @@ def check_doctor(check: Check) -> None:
     check.judge("probes", said, len(broken), not broken, "each computes what it should")
 
 
+def judge_attention(check: Check, ours: bool, kinds: dict) -> None:
+    """What a new length costs, in the order of kernels that run_step.py sets or in PyTorch's own."""
+    most, finite, said = 0.0, True, []
+    for kind, times in kinds.items():
+        turns = [[sum(each) if isinstance(each, list) else each for each in times[t]] for t in ("new", "again")]
+        new, again = map(statistics.median, turns)
+        most, finite = max(most, new - again), finite and times.get("finite", True)
+        said.append(f"{kind} {new:.2f} and {again:.2f}")
+    what = f"attention, {'as run_step.py sets it' if ours else 'in the order of PyTorch'}: ms at a new length and again"
+    if ours:  # a plan takes 40 ms and more, and there is one for each layer's forward and backward
+        check.judge(what, ", ".join(said), most, most < 5, "a new length costs less than 5 ms", speed=True)
+        check.judge("gradients of attention", f"finite: {finite}", finite, finite, "finite at each length")
+    else:
+        check.say(what, ", ".join(said), most)
+
+
 def check_kernels(check: Check) -> None:
-    file = check.work / "kernels.json"
-    check.run("kernels", BENCH / "kernels.py", file, *([] if check.gpu else ["--quick"]), limit=120)
+    file, quick = check.work / "kernels.json", [] if check.gpu else ["--quick"]
+    check.run("kernels", BENCH / "kernels.py", file, *quick, limit=120)
     found = read(file)
     check.machine, check.peaks, sheet = found["machine"], found["tflops"], found["data_sheet"]
     said = ", ".join(
@@ -183,19 +202,10 @@ def check_kernels(check: Check) -> None:
     )
     check.say("peak of a product, TFLOP/s", said, check.peaks)
     check.say("copy on the device, GB/s", f"{found['copy_gb_per_second']:.0f}", found["copy_gb_per_second"])
-    for order, kinds in found["attention"].items():
-        ours, said, most, finite = order == "as run_step.py sets it", [], 0.0, True
-        for kind, times in kinds.items():
-            turns = [[sum(each) if isinstance(each, list) else each for each in times[t]] for t in ("new", "again")]
-            new, again = map(statistics.median, turns)
-            most, finite = max(most, new - again), finite and times.get("finite", True)
-            said.append(f"{kind} {new:.2f} and {again:.2f}")
-        what = f"attention, {order}: ms at a new length and again"
-        if ours:  # a plan takes 40 ms and more, and there is one for each layer's forward and backward
-            check.judge(what, ", ".join(said), most, most < 5, "a new length costs less than 5 ms", speed=True)
-            check.judge("gradients of attention", f"finite: {finite}", finite, finite, "finite at each length")
-        else:
-            check.say(what, ", ".join(said), most)
+    judge_attention(check, True, found["attention"])
+    its_own = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
+    check.run("kernels of PyTorch", BENCH / "kernels.py", file, "--attention", *quick, limit=120, **its_own)
+    judge_attention(check, False, read(file)["attention"])
 
 
 # A tiny model, end to end ---------------------------------------------------------------------------------------------
@@ -245,9 +255,10 @@ def train_twice(check: Check, name: str, recipes: dict) -> None:
 
 
 def check_tiny(check: Check) -> None:
-    make_model(check, "tiny")
-    recipes, runs, model = choose_recipes(check), check.work / "runs", check.work / "tiny/model"
+    runs, model = check.work / "runs", check.work / "tiny/model"
     with ThreadPoolExecutor(check.at_once) as pool:
+        tasks = [pool.submit(make_model, check, "tiny"), pool.submit(choose_recipes, check)]
+        _, recipes = [task.result() for task in tasks]
         list(pool.map(lambda name: check.attempt(name, train_twice, check, name, recipes), TRAININGS))
 
     adapter, merged, step = runs / "LoRA-whole", runs / "merged", SCRIPTS / "chain/run_step.py"
@@ -297,7 +308,7 @@ def count_operations(config: dict, shape: list[int], full: bool, targets: list[s
 
 def train_wide(check: Check, name: str, script: Path, options: str, steps: int, *before, **environment) -> dict:
     """What some steps of a training of the wide model took; before: Python's arguments ahead of timed.py."""
-    if not check.peaks:
+    if not check.peaks and "kernels" not in check.args.only:
         check_kernels(check)
     folder, full, out = (
         make_model(check, check.args.size),
@@ -312,6 +323,8 @@ def train_wide(check: Check, name: str, script: Path, options: str, steps: int, 
     check.run(name, *before, TIMED, file, *command, limit=120, **environment)
     found, run, config = read(file), read(out / "run.json"), read(folder / "model/config.json")
     times, arguments = found["step_seconds"], run["arguments"]
+    entries = [entry for entry in run["history"] if "loss" in entry]
+    real = [entry["num_input_tokens_seen"] for entry in entries]  # so far, padding not counted
     shutil.rmtree(out / "model", ignore_errors=True)  # of all parameters: 14 GB
     each = len(found["shapes"]) // len(times)  # forward passes of a step
     shapes = [found["shapes"][each * number : each * (number + 1)] for number in range(len(times))]
@@ -320,19 +333,23 @@ def train_wide(check: Check, name: str, script: Path, options: str, steps: int, 
     longest = max(late, key=lambda number: tokens[number])
     targets = arguments.get("lora_target_modules") or ["q_proj", "v_proj"]  # PEFT's choice for Llama
     operations = sum(count_operations(config, shape, full, targets) for shape in shapes[longest])
-    tflops, peak = operations / times[longest] / 1e12, check.peaks["bfloat16" if arguments["bf16"] else "float32"]
-    seen, first, again = {}, 0.0, 0.0
-    for number in late:
-        seen.setdefault(str(shapes[number]), []).append(times[number])
-    for new, *repeated in filter(lambda times: len(times) > 1, seen.values()):
-        first, again = first + new, again + statistics.mean(repeated)
+    tflops, peak = operations / times[longest] / 1e12, check.peaks.get("bfloat16" if arguments["bf16"] else "float32")
+    seen = {}
+    for number, shape in enumerate(map(str, shapes)):
+        seen.setdefault(shape, []).append((number, times[number]))
+    new = [
+        seconds / statistics.mean(time for _, time in again)
+        for (number, seconds), *again in seen.values()
+        if number in late and again
+    ]
     settings = {key: arguments.get(key, value) for key, value in SETTINGS.items()} | {"lora_target_modules": targets}
     method, where = "full" if full else "lora", "gpu" if check.gpu else "cpu"
     return {
-        "tokens_per_second": sum(tokens[number] for number in late) / sum(times[number] for number in late),
-        "longest": {"tokens": tokens[longest], "seconds": times[longest], "tflops": tflops, "share": tflops / peak},
-        "losses": [entry["loss"] for entry in run["history"] if "loss" in entry],
-        "new_over_known": first / again if again else None,
+        "tokens_per_second": (real[-1] - real[2]) / sum(times[3:]), "step_seconds": times,
+        "longest": {"tokens": tokens[longest], "seconds": times[longest]},
+        "tflops": tflops, "share": peak and tflops / peak,
+        "losses": [entry["loss"] for entry in entries],
+        "new_over_known": statistics.median(new) if new else 1.0,
         "allocated": found["peak_memory_bytes"], "reserved": found["reserved_memory_bytes"],
         "predicted": predict_memory(config, method, settings, arguments["max_length"], where)["allocated"],
     }  # fmt: skip
@@ -341,10 +358,13 @@ def train_wide(check: Check, name: str, script: Path, options: str, steps: int, 
 def judge_wide(check: Check, name: str, found: dict, share: float | None) -> None:
     """Speed, losses, and memory beside what predict_memory.py says."""
     longest, losses = found["longest"], found["losses"]
-    said = f"{found['tokens_per_second']:,.0f} tokens/s; {longest['tokens'] / longest['seconds']:,.0f} at "
-    said += f"{longest['tokens']} tokens: {longest['tflops']:.4g} TFLOP/s, {longest['share']:.2f} of the peak"
-    if share:  # in float32 nearly all is products; in bfloat16 norms, MLP and attention take half of the time
-        check.judge(name, said, found, longest["share"] >= share, f"{share} of the measured peak", speed=True)
+    said = (
+        f"{found['tokens_per_second']:,.0f} real tokens/s; {longest['tokens'] / longest['seconds']:,.0f} in the step "
+    )
+    said += f"of most, {longest['tokens']}: {found['tflops']:.4g} TFLOP/s"
+    if share and found["share"]:  # in float32 nearly all is products; in bfloat16 norms, MLP and attention take half
+        good, limit = found["share"] >= share, f"{share} of the measured peak"
+        check.judge(name, f"{said}, {found['share']:.2f} of the peak", found, good, limit, speed=True)
     else:
         check.say(name, said, found)
     ends = [statistics.mean(part) for part in (losses[:10], losses[-10:])]
@@ -361,9 +381,9 @@ def judge_wide(check: Check, name: str, found: dict, share: float | None) -> Non
 def check_wide(check: Check) -> None:
     kinds = {
         "fast": (LORA, "--config {fast-lora}", 40, 0.4),
-        "default": (LORA, "", 6, 0.6),
+        "default": (LORA, "", 11, 0.6),  # the first and the eleventh are the longest
         "QLoRA": (LORA, "--config {qlora}", 10, None),
-        "full fast": (FULL, "--config {fast-full}", 5, None),
+        "full fast": (FULL, "--config {fast-full}", 11, None),
     }
     runs = {}
     for name, (script, options, steps, share) in kinds.items():
@@ -374,12 +394,12 @@ def check_wide(check: Check) -> None:
         ratio = fast["new_over_known"]
         check.judge("fast, a new length over a known one", f"{ratio:.2f}", ratio, ratio < 1.3, "below 1.3", speed=True)
     if fast and (default := runs.get("default")):
-        means = [statistics.mean(run["losses"][:6]) for run in (fast, default)]
+        means = [statistics.mean(run["losses"][:11]) for run in (fast, default)]
         apart = abs(means[0] / means[1] - 1)
         said = f"{means[0]:.4f} and {means[1]:.4f}: {100 * apart:.2f} % apart"
-        check.judge("fast beside the default, loss of 6 steps", said, apart, apart <= 0.005, "within 0.5 %")
-        times = fast["tokens_per_second"] / default["tokens_per_second"]
-        check.say("fast beside the default, tokens/s", f"{times:.2f} times", times)
+        check.judge("fast beside the default, loss of 11 steps", said, apart, apart <= 0.005, "within 0.5 %")
+        times = sum(default["step_seconds"][3:11]) / sum(fast["step_seconds"][3:11])
+        check.say("fast beside the default, the same 8 steps", f"{times:.2f} times as fast", times)
 
 
 def answer(check: Check, what: str, *options) -> None:
@@ -454,6 +474,17 @@ def look_for_torch(args: argparse.Namespace) -> None:
         )
 
 
+def write_report(check: Check, seconds: float) -> str:
+    """gpu.json and gpu.md of what was found so far; the table."""
+    machine = f"{check.machine}, {check.args.size}, {datetime.now().astimezone():%Y-%m-%d}, {seconds:.0f} s"
+    text = format_table(check, machine)
+    good = not any(row["good"] is False for row in check.rows)
+    report = {"machine": machine, "good": good, "seconds": seconds, "rows": check.rows, "doctor": check.report}
+    (check.args.output_dir / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (check.args.output_dir / "gpu.md").write_text(text, encoding="utf-8")
+    return text
+
+
 def main() -> None:
     args = parse_arguments()
     begin = time.monotonic()
@@ -467,18 +498,14 @@ def main() -> None:
         check.logs.mkdir(parents=True, exist_ok=True)
         for check.step in args.only:
             check.attempt(check.step, STEPS[check.step], check)
+            write_report(check, time.monotonic() - begin)
     seconds = time.monotonic() - begin
-    machine = f"{check.machine}, {args.size}, {datetime.now().astimezone():%Y-%m-%d}, {seconds:.0f} s"
     if args.only == list(MAIN):
         check.step = "all"
         good = seconds <= 60 * args.minutes
         check.judge("time", f"{seconds:.0f} s", seconds, good, f"at most {args.minutes:g} minutes", speed=True)
     bad = [f"{row['step']}: {row['what']}" for row in check.rows if row["good"] is False]
-    text = format_table(check, machine)
-    report = {"machine": machine, "good": not bad, "seconds": seconds, "rows": check.rows, "doctor": check.report}
-    (args.output_dir / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.output_dir / "gpu.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}")
+    print(f"\n{write_report(check, seconds)}")
     if bad:
         sys.exit(f"error: not as it should be: {'; '.join(bad)}. What was said: {check.logs}")
 

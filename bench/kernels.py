@@ -1,12 +1,12 @@
 """Measure what the accelerator can do without any of this project: products of matrices, a copy, attention.
 
-    python kernels.py OUT.json [--quick]        # --quick: sizes for a CPU
+    python kernels.py OUT.json [--attention] [--quick]     # attention alone; sizes for a CPU
 
 OUT.json  machine; tflops: of a product of two square matrices in float32, TF32 and bfloat16; data_sheet: what its maker
           names, where machine.py knows the card; copy_gb_per_second: read and written; attention: milliseconds of
           forward and backward in bfloat16 at lengths that are new, and at the same ones again, causal, without and with
           a mask, and with shared key heads; decoding: milliseconds for one token at growing lengths, new and again.
-          Both with the order of kernels that run_step.py sets, and PyTorch's own.
+          PyTorch reads the order of its kernels, TORCH_CUDNN_SDPA_DEPRIORITIZED, once in a process.
 """
 
 import json
@@ -90,20 +90,18 @@ def measure_attention() -> dict:
 
 
 def main() -> None:
-    size = 512 if quick else 8192
-    sheet = DATA_SHEET.get(torch.cuda.get_device_name(), {}) if GPU else {}
     name = f"{torch.cuda.get_device_name() if GPU else 'the CPU'}, PyTorch {torch.__version__}"
-    found = {"machine": name, "tflops": {}, "data_sheet": sheet, "attention": {}}
-    for name, dtype in (("float32", torch.float32), ("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
-        if name == "TF32" and (torch.version.hip or not GPU):
-            continue
-        torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
-        found["tflops"][name] = measure_product(dtype, size)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    found["copy_gb_per_second"] = measure_copy(2**24 if quick else 2**32)
-    for name, cudnn in (("as run_step.py sets it", False), ("PyTorch's own", True)):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        found["attention"][name] = measure_attention()
+    found = {"machine": name, "data_sheet": DATA_SHEET.get(name.split(",")[0], {})}
+    if "--attention" not in sys.argv:
+        size, found["tflops"] = 512 if quick else 8192, {}
+        for name, dtype in (("float32", torch.float32), ("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
+            if name == "TF32" and (torch.version.hip or not GPU):
+                continue
+            torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
+            found["tflops"][name] = measure_product(dtype, size)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        found["copy_gb_per_second"] = measure_copy(2**24 if quick else 2**32)
+    found["attention"] = measure_attention()
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 

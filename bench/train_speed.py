@@ -120,7 +120,8 @@ if __name__ == "__main__":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one accelerator
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # as run_step.py has them
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import yaml

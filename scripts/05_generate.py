@@ -59,6 +59,14 @@ class Arguments:
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
 
 
+def choose_dtype(name: str) -> str:
+    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
+    note = Path(name).parent / "run.json"
+    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
+    return trained if torch.accelerator.is_available() else "float32"
+
+
 def find_config(name: str, revision: str = "main") -> Path:
     """adapter_config.json of an adapter, config.json of a model; each is a hub id or a folder."""
     for file in ("adapter_config.json", "config.json"):
@@ -71,14 +79,6 @@ def find_config(name: str, revision: str = "main") -> Path:
         except Exception as error:  # no such file there, no such id, no network
             reason = " ".join(str(error).split())[:200]
     sys.exit(f"error: no model at {name!r}, a folder or a hub id: {reason}")
-
-
-def choose_dtype(name: str) -> str:
-    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
-    note = Path(name).parent / "run.json"
-    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
-    return trained if torch.accelerator.is_available() else "float32"
 
 
 def load_model(name: str, base_model: str | None, dtype: str, merge: bool = False):
@@ -100,9 +100,10 @@ def load_model(name: str, base_model: str | None, dtype: str, merge: bool = Fals
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
-    model = PeftModel.from_pretrained(model, name) if base != name else model
-    if merge and base != name:
-        model = model.merge_and_unload()
+    if base != name:  # in the type of its base, as autocast takes it in a training
+        model = PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False)
+        if merge and model.dtype == torch.float32:  # bfloat16 would round what a short training learned away
+            model = model.merge_and_unload()
     return model.eval(), tokenizer
 
 

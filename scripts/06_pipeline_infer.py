@@ -91,9 +91,7 @@ def main() -> None:
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
-    model = PeftModel.from_pretrained(model, name) if adapter else model
-    if adapter and torch.accelerator.is_available():  # a token waits for each product to begin, also for the adapter's
-        model = model.merge_and_unload()
+    model = PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False) if adapter else model
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     if not (args.raw or pipe.tokenizer.chat_template):
         sys.exit(f"error: {name!r} has no chat template. Add --raw to continue the prompt.")

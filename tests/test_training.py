@@ -345,9 +345,9 @@ def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     from_pretrained = script.AutoModelForCausalLM.from_pretrained
 
-    def load_here(*args, dtype, device_map=None, **options):
+    def load_here(*args, dtype, **options):
         loaded.append(dtype)
-        return from_pretrained(*args, dtype="float32", **options)
+        return from_pretrained(*args, dtype=dtype, **options)
 
     def note_merge(model):
         loaded.append("merged")
@@ -358,8 +358,9 @@ def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
     monkeypatch.setattr(script.AutoModelForCausalLM, "from_pretrained", load_here)
     question = ["--prompt", "what color is the sky", "--max_new_tokens", 4, "--output", tmp_path / "answer.jsonl"]
     call(name, "--model_name_or_path", folder / "adapter", *question)
-    stored = "bfloat16" if bf16 else "auto"
-    assert loaded == ([stored, "merged"] if accelerator else ["float32"])
+    # In float32 alone is the adapter merged, and by 05 alone.
+    as_trained = ["bfloat16"] if bf16 else ["auto", *["merged"] * (name == "05_generate.py")]
+    assert loaded == (as_trained if accelerator else ["float32"])
     assert read_rows(tmp_path / "answer.jsonl")[0]["answer"].strip() == "blue"
     loaded.clear()
     call(name, "--model_name_or_path", folder / "adapter", *question, "--dtype", "float32")

@@ -238,6 +238,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would_fit(tmp_path):
 )
 def test_a_paged_optimizer_of_all_weights_is_no_bargain_on_amd(hip, method, optim, said, tmp_path, monkeypatch, capsys):
     gpus = [{"name": "AMD Instinct MI300X", "memory_bytes": 192 * 2**30, "free_bytes": 191 * 2**30, "arch": "gfx942"}]
+    gpus[0]["integrated"] = False
     facts = {"available": True, "hip": hip, "gpus": gpus}
     passed = {"status": "passed", "facts": facts}
     monkeypatch.setattr(script.doctor, "run_probe", lambda *args: passed)

@@ -7,12 +7,13 @@ import re
 SETTINGS = {
     "dtype": "float32", "bf16": False, "load_in_4bit": False, "load_in_8bit": False, "use_bnb_nested_quant": False,
     "token_metrics": False, "packing": False, "use_liger_kernel": False,
-    "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": False,
-    "optim": "paged_adamw_32bit", "per_device_train_batch_size": 4, "max_length": 1024,
+    "lora_r": 64, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "v_proj"], "optim": "paged_adamw_32bit",
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+    "max_length": 1024,
 }  # fmt: skip
 QLORA = {
     "load_in_4bit": True, "use_bnb_nested_quant": True, "lora_target_modules": ["all-linear"],
-    "gradient_checkpointing": True, "bf16": True, "dtype": "bfloat16",
+    "gradient_checkpointing": True, "gradient_accumulation_steps": 4, "bf16": True, "dtype": "bfloat16",
 }  # fmt: skip
 METHODS = {
     "LoRA, fp32 (the tutorial)": ("lora", {}),
@@ -101,7 +102,7 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
                  read from, 4 bytes each. On an accelerator none: its allocator counts tensors.
 
     Peak = weights + optimizer + overhead + the greater of gradients, and activations + logits: a gradient comes as the
-    activations go. What an adapter adds to the gradients is small.
+    activations go. What an adapter adds to the gradients is small. With gradient accumulation the gradients wait: both.
     """
     counts = count_weights(config, settings["lora_target_modules"], settings["lora_r"])
     lora, autocast, four_bit = method == "lora", settings["bf16"], settings["load_in_4bit"]
@@ -159,7 +160,8 @@ def predict_memory(config: dict, method: str, settings: dict, tokens: int, where
         overhead += 4 * counts["quantizable"] if four_bit else 0
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     parts |= {"activations": activations, "logits": logits, "overhead": overhead}
-    parts["peak"] = weights + optimizer + max(gradients, passing) + overhead
+    waiting = gradients if settings["gradient_accumulation_steps"] > 1 else 0
+    parts["peak"] = weights + optimizer + max(gradients, waiting + passing) + overhead
     paged = where == "gpu" and settings["optim"].startswith("paged")
     parts["allocated"] = parts["peak"] - (optimizer if paged else 0)
     return {name: int(size) for name, size in parts.items()}

@@ -240,7 +240,8 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
     if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator: SFTTrainer refuses several without a launcher
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # else a Hopper plans 50 ms for each new length
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of other lengths leave fewer gaps
+    if Path("/dev/nvidiactl").exists():  # on ROCm some drivers hang with it (pytorch 192259)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # other lengths leave fewer gaps
     argparse.ArgumentParser.error = lambda self, message: fail(f"{message}. See --help (make: ARGS=--help).")
     gc.set_threshold(100_000, 50, 50)  # looking for garbage is a quarter of the time of the libraries' import
     limit_memory()
