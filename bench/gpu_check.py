@@ -23,9 +23,11 @@ Exits   with status 0 if all is within its limit, else with 1.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,6 +99,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end(process: subprocess.Popen) -> None:
+    """Kills a process, and those that it began."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class Check:
     """Runs commands, each within its time, and keeps what was found."""
 
@@ -108,22 +116,25 @@ class Check:
         on_cpu = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.environment = OURS | os.environ | on_cpu
         self.machine, self.report, self.peaks, self.at_once = "", {}, {}, min(8, os.cpu_count())
+        self.running, self.stopped = set(), False
 
     def run(self, name: str, *command, limit: float, statuses: tuple = (0,), **environment) -> None:
         """Runs a Python command; a RuntimeError where it does not end as it should within its limit in seconds."""
         limit = min(limit, 60 * self.args.minutes - (time.monotonic() - self.began))
-        if limit < 5:
-            raise RuntimeError(f"left out: the {self.args.minutes:g} minutes are over")
+        if limit < 5 or self.stopped:
+            raise RuntimeError("stopped" if self.stopped else f"left out: the {self.args.minutes:g} minutes are over")
         command, begin = [sys.executable, *map(str, command)], time.monotonic()
-        options = {"env": self.environment | environment, "cwd": ROOT, "capture_output": True, "text": True}
+        options = {"env": self.environment | environment, "cwd": ROOT, "text": True, "start_new_session": True}
         log = self.logs / f"{self.step} {name}.log".replace(",", "").replace(" ", "-")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        self.running.add(process)
         try:
-            result = subprocess.run(command, timeout=limit, **options)
-            said, status = f"{result.stdout}\n{result.stderr}", result.returncode
-        except subprocess.TimeoutExpired as stopped:
-            parts = [part or b"" for part in (stopped.stdout, stopped.stderr)]
-            said, status = "\n".join(part.decode(errors="replace") for part in parts), "no end"
-        seconds = time.monotonic() - begin
+            parts, status = process.communicate(timeout=limit), process.returncode
+        except subprocess.TimeoutExpired:
+            end(process)
+            parts, status = process.communicate(), "no end"
+        self.running.discard(process)
+        said, seconds = "\n".join(parts), time.monotonic() - begin
         log.write_text(f"$ {' '.join(command)}\n{said}\nstatus {status} after {seconds:.1f} s\n", encoding="utf-8")
         if status == "no end":
             raise RuntimeError(f"it did not end within {limit:.0f} s ({log.name})")
@@ -131,6 +142,13 @@ class Check:
             lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
             errors = [line for line in lines if "rror" in line] or lines
             raise RuntimeError(f"exit status {status}, {errors[-1][:200]} ({log.name})")
+
+    def stop(self, number: int, frame) -> None:
+        """After a signal: ends what runs, and with it this process, by way of the report."""
+        self.stopped = True
+        for process in list(self.running):
+            end(process)
+        sys.exit(128 + number)
 
     def say(self, what: str, found: str, value=None) -> None:
         """What was found, without a limit."""
@@ -496,9 +514,13 @@ def main() -> None:
         look_for_torch(args)
         check = Check(args, Path(name))
         check.logs.mkdir(parents=True, exist_ok=True)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, check.stop)
         for check.step in args.only:
-            check.attempt(check.step, STEPS[check.step], check)
-            write_report(check, time.monotonic() - begin)
+            try:
+                check.attempt(check.step, STEPS[check.step], check)
+            finally:
+                write_report(check, time.monotonic() - begin)
     seconds = time.monotonic() - begin
     if args.only == list(MAIN):
         check.step = "all"
@@ -511,4 +533,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"error: {error}. Mend that, or give another folder: --output_dir FOLDER")

@@ -283,11 +283,11 @@ def share_memory(torch: dict | None, root: Path) -> dict | None:
             gpu |= {"ram_bytes": ram, "free_bytes": min(gpu["memory_bytes"], available)}
             if torch["hip"] and amd:
                 vram, vram_used, gtt, gtt_used = min(amd)  # a Radeon beside it has more of its own
-                # amdgpu gives GTT too where that is larger (ROCm/rocm-systems 5596), as far as TTM lets it
-                most = min(ram, 4096 * int(read(root / "sys/module/ttm/parameters/pages_limit") or ram))
-                gtt = min(gtt, most) if gtt > vram else 0
-                gpu["memory_bytes"] = vram + gtt
-                gpu["free_bytes"] = vram - vram_used + max(0, min(gtt - gtt_used, available))
+                # amdgpu takes the larger of the two, GTT as far as TTM lets it (ROCm/rocm-systems 5596, ROCm 6004)
+                most = min(gtt, ram, 4096 * int(read(root / "sys/module/ttm/parameters/pages_limit") or ram))
+                shared = gtt > vram
+                gpu["memory_bytes"] = most if shared else vram
+                gpu["free_bytes"] = max(0, min(most - gtt_used, available)) if shared else vram - vram_used
     return torch
 
 
@@ -316,7 +316,8 @@ def look_at_system(root: Path) -> dict:
     pci = [read(file.parent / "class") for file in root.glob("sys/bus/pci/devices/*/vendor") if read(file) == "0x1002"]
     tool, listing = next(((command[0], text) for command in TOOLS if (text := ask(path, *command))), (None, ""))
     said = ask(path, "amd-smi", "version")
-    nvidia = [line.split(", ") for line in ask(path, *NVIDIA).splitlines()[1:]]
+    rows = [line.rsplit(", ", 3) for line in ask(path, *NVIDIA).splitlines()[1:]]  # a name may have a comma
+    nvidia = [[row[0].partition(", ")[2], *row[1:]] for row in rows if len(row) == 4]
     return {
         "platform": platform.platform(), "container": (root / ".dockerenv").exists(),
         "tool": tool, "products": listing.splitlines(),
@@ -329,7 +330,7 @@ def look_at_system(root: Path) -> dict:
             "no_permission": [f"/{file.relative_to(root)}" for file in denied],
         },
         "nvidia": {
-            "gpus": [columns[1] for columns in nvidia], "driver": nvidia[0][3] if nvidia else None,
+            "gpus": [columns[0] for columns in nvidia], "driver": nvidia[0][2] if nvidia else None,
             "cuda": find(r"((?<=CUDA Version: )|(?<=CUDA UMD Version: ))[\d.]+", ask(path, "nvidia-smi")),
             "exclusive": any(columns[-1] == "Exclusive_Process" for columns in nvidia),
         },

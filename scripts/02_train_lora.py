@@ -15,7 +15,8 @@
 #     "python-dotenv==1.2.4",
 # ]
 # [tool.uv]
-# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
 # index-strategy = "unsafe-best-match"
 # ///
 """Fine-tune a causal language model with LoRA and save the adapter.
@@ -152,6 +153,8 @@ def main() -> None:
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
     quantization = get_quantization_config(model_args)
+    if quantization and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        quantization.bnb_4bit_compute_dtype = torch.bfloat16
     weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
     weights |= dict(quantization_config=quantization, device_map=args.device)  # straight to the accelerator
     model = AutoModelForCausalLM.from_pretrained(name, **weights, **hub)

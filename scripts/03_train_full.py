@@ -14,7 +14,8 @@
 #     "python-dotenv==1.2.4",
 # ]
 # [tool.uv]
-# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
 # index-strategy = "unsafe-best-match"
 # ///
 """Fine-tune all parameters of a causal language model, without LoRA, and save the model.

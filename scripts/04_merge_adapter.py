@@ -11,7 +11,8 @@
 #     "python-dotenv==1.2.4",
 # ]
 # [tool.uv]
-# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
 # index-strategy = "unsafe-best-match"
 # ///
 """Merge a LoRA adapter into its base model and save a model that needs neither of them.

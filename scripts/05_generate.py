@@ -10,7 +10,8 @@
 #     "python-dotenv==1.2.4",
 # ]
 # [tool.uv]
-# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
 # index-strategy = "unsafe-best-match"
 # ///
 """Answer prompts with a base model, a LoRA adapter on its base model, or a fully tuned model.
@@ -54,17 +55,20 @@ class Arguments:
     top_p: float = field(default=0.95, metadata={"help": "With --do_sample: share of the probability kept."})
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights. auto: float32 on the CPU, else as trained, or as stored."}
+        default="auto",
+        metadata={"help": "Of the weights. auto: float32 on the CPU, else bfloat16 if trained so, or as stored."},
     )
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
 
 
 def choose_dtype(name: str) -> str:
     """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
-    note = Path(name).parent / "run.json"
-    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
-    return trained if torch.accelerator.is_available() else "float32"
+    if not torch.accelerator.is_available():
+        return "float32"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or of something else
+        if json.loads(Path(name).parent.joinpath("run.json").read_text(encoding="utf-8"))["arguments"]["bf16"]:
+            return "bfloat16"
+    return "auto"
 
 
 def find_config(name: str, revision: str = "main") -> Path:
@@ -102,7 +106,9 @@ def load_model(name: str, base_model: str | None, dtype: str, merge: bool = Fals
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     if base != name:  # in the type of its base, as autocast takes it in a training
         model = PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False)
-        if merge and model.dtype == torch.float32:  # bfloat16 would round what a short training learned away
+        if (
+            merge and model.dtype == torch.float32 and hasattr(model, "merge_and_unload")
+        ):  # bfloat16 would round what a short training learned away
             model = model.merge_and_unload()
     return model.eval(), tokenizer
 

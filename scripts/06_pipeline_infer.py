@@ -10,7 +10,8 @@
 #     "python-dotenv==1.2.4",
 # ]
 # [tool.uv]
-# index = [{ url = "https://download.pytorch.org/whl/cpu" }]  # UV_INDEX: another build
+# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
 # index-strategy = "unsafe-best-match"
 # ///
 """Answer prompts through transformers' pipeline, with a base, fully tuned or merged model, or an adapter.
@@ -22,6 +23,7 @@ Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and
 Writes  the answers to the terminal; with --output FILE also as JSON lines.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -48,7 +50,8 @@ class Arguments:
     max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights. auto: float32 on the CPU, else as trained, or as stored."}
+        default="auto",
+        metadata={"help": "Of the weights. auto: float32 on the CPU, else bfloat16 if trained so, or as stored."},
     )
 
 
@@ -68,10 +71,12 @@ def find_config(name: str, revision: str = "main") -> Path:
 
 def choose_dtype(name: str) -> str:
     """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
-    note = Path(name).parent / "run.json"
-    run = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    trained = "bfloat16" if run.get("arguments", {}).get("bf16") else "auto"
-    return trained if torch.accelerator.is_available() else "float32"
+    if not torch.accelerator.is_available():
+        return "float32"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or of something else
+        if json.loads(Path(name).parent.joinpath("run.json").read_text(encoding="utf-8"))["arguments"]["bf16"]:
+            return "bfloat16"
+    return "auto"
 
 
 def main() -> None:

@@ -440,11 +440,11 @@ def test_where_scores_are_kept_the_command_is_what_gives_that_device_other_kerne
 @pytest.mark.parametrize(
     ("memory", "torch", "expected"),
     [
-        ((100, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=110, gtt_used=3)), ROCM, (100, 110.5)),
-        ((120, 125, dict(vram_total=0.5, vram_used=0.25, gtt_total=110, gtt_used=30)), ROCM, (80.25, 110.5)),
+        ((100, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=110, gtt_used=3)), ROCM, (100, 110)),
+        ((120, 125, dict(vram_total=0.5, vram_used=0.25, gtt_total=110, gtt_used=30)), ROCM, (80, 110)),
         ((28, 30, dict(vram_total=96, vram_used=6, gtt_total=15, gtt_used=1)), ROCM, (90, 96)),  # GTT is not taken then
-        ((120, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=128, gtt_used=3)), ROCM, (120, 125.5)),
-        ((120, 125, dict(vram_total=1, vram_used=0, gtt_total=120, gtt_used=2, limit=62)), ROCM, (61, 63)),
+        ((120, 125, dict(vram_total=0.5, vram_used=0.5, gtt_total=128, gtt_used=3)), ROCM, (120, 125)),
+        ((120, 125, dict(vram_total=1, vram_used=0, gtt_total=120, gtt_used=2, limit=62)), ROCM, (60, 62)),
         ((50, 125, {}), ROCM, (50, 62)),  # as in a container without /sys
         ((90, 119, {}), H100_CUDA, (62, 62)),
         ((50, 119, {}), H100_CUDA, (50, 62)),

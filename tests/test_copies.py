@@ -15,7 +15,8 @@ def find_copies(files: list[Path]) -> list[str]:
     """Where more than MOST lines, one after another, stand in another place too, but for the twins."""
     seen, copies = defaultdict(list), []
     for file in files:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8").rpartition("# ///\n")[2]  # without the header
+        lines = [line for line in text.splitlines() if line.strip()]
         for number in range(len(lines) - MOST):
             passage = tuple(lines[number : number + MOST + 1])
             copies += [

@@ -111,7 +111,7 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
     written = yaml.safe_load((tmp_path / "fast.yaml").read_text())
     assert written["gradient_checkpointing"] is True and written["optim"] == "adamw_torch_fused"
     machine(monkeypatch, gpu=True, bf16=True)
-    assert [sorted(less) for less in script.list_attempts({})] == [
+    assert [sorted(less) for less in script.list_attempts({}, [])] == [
         [], ["token_metrics"], ["gradient_checkpointing"], ["gradient_checkpointing", "token_metrics"]
     ]  # fmt: skip
 
@@ -119,10 +119,12 @@ def test_less_memory_is_taken_where_the_command_fails(tmp_path, monkeypatch):
 def test_the_rows_of_a_step_stay_together_where_the_memory_does_not_suffice_for_all_at_once(monkeypatch):
     machine(monkeypatch, gpu=True, bf16=True)
     recipe = yaml.safe_load((ROOT / "env/recipes/throughput.yaml").read_text())
-    attempts = [{name: value for name, (value, _) in less.items()} for less in script.list_attempts(recipe)]
+    attempts = [{name: value for name, (value, _) in less.items()} for less in script.list_attempts(recipe, [])]
     sizes = [recipe | less for less in attempts]
     rows = [(each["per_device_train_batch_size"], each.get("gradient_accumulation_steps", 1)) for each in sizes]
     assert rows == [(16, 1), (8, 2), *[(4, 4)] * 4]
+    for option in ("--per_device_train_batch_size", "--gradient-accumulation-steps=1"):  # which goes before a recipe
+        assert not any("gradient_accumulation_steps" in less for less in script.list_attempts(recipe, ["x", option]))
     sparing = {"token_metrics", "gradient_checkpointing"}
     assert [len(sparing & less.keys()) for less in attempts] == [0, 0, 0, 1, 1, 2]
 

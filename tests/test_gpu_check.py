@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +19,22 @@ from conftest import ROOT, Process
 def check(monkeypatch, tmp_path):
     """bench/gpu_check.py, whose processes have imported their libraries already; main(ARGUMENTS) runs it here."""
 
-    def fork(command, cwd=tmp_path, timeout=None, **options) -> subprocess.CompletedProcess:
-        if "pip" in command or command[1] == "-c":
-            return subprocess.run(command, cwd=cwd, **options)
-        if "00_check_gpu.py" in command[1]:  # whose probes are processes of their own: tests/test_check_gpu.py
-            Path(command[3]).write_text(json.dumps(DOCTOR))
-            return subprocess.CompletedProcess(command, 0, "", "")
-        return Process(Path(command[1]), command[2:], cwd).wait()
+    class Fork:
+        def __init__(self, command, cwd=tmp_path, **options):
+            self.command, self.cwd, self.returncode = command, cwd, 0
+
+        def communicate(self, timeout) -> tuple[str, str]:
+            if "00_check_gpu.py" in self.command[1]:  # whose probes are processes: tests/test_check_gpu.py
+                Path(self.command[3]).write_text(json.dumps(DOCTOR))
+                return "", ""
+            result = Process(Path(self.command[1]), self.command[2:], self.cwd).wait()
+            self.returncode = result.returncode
+            return result.stdout, result.stderr
 
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # the process that forks answers one at a time
     defined = SimpleNamespace(**runpy.run_path(str(ROOT / "bench/gpu_check.py")))
     names = defined.main.__globals__
-    monkeypatch.setitem(names, "subprocess", SimpleNamespace(run=fork, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setitem(names, "subprocess", SimpleNamespace(Popen=Fork, PIPE=None, TimeoutExpired=TimeoutError))
 
     def main(*args) -> dict:
         given = ["--size", "tiny", "--device", "cpu", "--output_dir", tmp_path / "check", *args]
@@ -309,3 +315,62 @@ def test_answers_and_measured_losses_behind_the_kernels_are_judged(answer, measu
     files |= {f"runs/{name}-whole/run.json": {"metrics": {"eval_loss": 2.0}} for name in ("LoRA", "full")}
     monkeypatch.setitem(check.names, "train_twice", lambda *given: None)
     assert judged(check, monkeypatch, tmp_path, files, check.check_tiny) == bad
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_runs_and_leaves_what_was_found(number, tmp_path):
+    script = (ROOT / "bench/gpu_check.py").read_text().replace("Path(__file__)", f"Path({str(ROOT / 'bench/x')!r})")
+    steps = """
+def rest(check):
+    check.say("found", "before")
+    Path("began").touch()
+    check.run("rest", "-c", "import os; os.system('sleep 99')", limit=60)
+STEPS["kernels"] = rest
+"""  # fmt: skip
+    (tmp_path / "check.py").write_text(
+        script.replace('if __name__ == "__main__":', steps + 'if __name__ == "__main__":')
+    )
+    (tmp_path / "temporary").mkdir()
+    command = [
+        sys.executable,
+        "check.py",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--only",
+        "kernels",
+        "--output_dir",
+        "out",
+    ]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "MARK": str(tmp_path)}
+    # Not in the memory, where this machine has much of it
+    (tmp_path / "check.py").write_text((tmp_path / "check.py").read_text().replace("/dev/shm", "/dev/none"))
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    rows = json.loads((tmp_path / "out/gpu.json").read_text())["rows"]
+    assert rows[0]["found"] == "before" and not any((tmp_path / "temporary").iterdir())
+    mark = f"MARK={tmp_path}".encode()
+    left = [file for file in Path("/proc").glob("[0-9]*/environ") if mark in read_quietly(file)]
+    assert not left
+
+
+def read_quietly(file: Path) -> bytes:
+    """What a file of a process holds, which may be over or another user's."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, ROOT / "bench/gpu_check.py", "--device", "cpu", "--output_dir", tmp_path / "file"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "give another folder: --output_dir FOLDER" in result.stderr

@@ -87,6 +87,7 @@ def test_a_run_is_repeated_from_its_record_alone(target, recorded, tiny_model, t
         (("AMD Instinct MI300X", "AMD Instinct MI300X"), False, 5e-3, False),
         (("AMD Instinct MI300X", "NVIDIA H100 80GB HBM3"), True, 5e-3, True),
         (("AMD Instinct MI300X", "AMD Instinct MI300X"), True, 2e-2, False),
+        (("AMD Instinct MI300X", "AMD Instinct MI300X"), False, float("nan"), False),
     ],
 )
 def test_on_an_accelerator_losses_are_the_same_within_a_tolerance(where, bf16, apart, same, recorded, capsys):
@@ -134,3 +135,16 @@ def test_wrong_input_is_named(args, said, recorded, tmp_path, monkeypatch, capsy
     (tmp_path / "lines.json").write_text(json.dumps(record))
     check_refusal("chain/reproduce_run.py", args, said, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "again").exists()
+
+
+def test_another_precision_or_a_run_that_stops_short_is_not_the_same(recorded, capsys):
+    record = json.loads((recorded / "lora/run.json").read_text()) | {"accelerator": "AMD Instinct MI300X"}
+    compare = load("chain/reproduce_run.py").say_what_is_the_same
+    other = record | {"sha256": dict.fromkeys(record["sha256"], "0")}
+    assert compare(record, other) == 0
+    assert compare(record, other | {"arguments": record["arguments"] | {"bf16": True}}) == 1
+    assert compare(record | {"history": record["history"] + [{"step": 99, "loss": 1.0}]}, other) == 0  # one span more
+    longer = [{"step": 100 + number, "loss": 1.0} for number in range(9)]
+    assert compare(record | {"history": record["history"] + longer}, other) == 1
+    zero = [entry | {"loss": 0.0} for entry in record["history"] if "loss" in entry]
+    assert compare(record | {"history": zero}, other | {"history": zero}) == 0

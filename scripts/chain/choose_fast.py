@@ -21,6 +21,7 @@ import torch
 import yaml
 from folders import fail, make_parser, write_text
 
+ROWS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}  # of a step; the tutorial's
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "paged_adamw", "paged_adamw_32bit")  # of one and the same step
 
 
@@ -64,20 +65,17 @@ def choose(method: str, recipe: dict) -> dict[str, tuple]:
     return chosen
 
 
-def list_attempts(recipe: dict) -> list[dict[str, tuple]]:
+def list_attempts(recipe: dict, given: list[str]) -> list[dict[str, tuple]]:
     """What is tried, one after another: nothing more, and settings that take less memory and more time."""
     reason = "the memory does not suffice for"
     chunks = {"token_metrics": (True, f"the loss in chunks: {reason} all logits at once")}
     recompute = {"gradient_checkpointing": (True, f"activations are computed twice: {reason} keeping them")}
-    rows, parts, batches = (
-        recipe.get("per_device_train_batch_size", 4),
-        recipe.get("gradient_accumulation_steps", 1),
-        [{}],
-    )
-    while rows >= 8 and rows % 2 == 0:  # as many rows a step, in smaller parts
+    (rows, parts), batches = (int(recipe.get(name) or default) for name, default in ROWS.items()), [{}]
+    fixed = any(name in word.replace("-", "_") for name in ROWS for word in given)  # an option goes before a recipe
+    while rows >= 8 and rows % 2 == 0 and not fixed:  # as many rows a step, in smaller parts
         rows, parts = rows // 2, 2 * parts
-        names = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
-        batches.append({name: (value, f"{reason} all rows of a step at once") for name, value in names.items()})
+        sizes = zip(ROWS, (rows, parts), strict=True)
+        batches.append({name: (value, f"{reason} all rows of a step at once") for name, value in sizes})
     smallest = batches[-1]
     if torch.cuda.is_available():
         return [*batches, smallest | chunks, smallest | recompute, smallest | chunks | recompute]
@@ -104,7 +102,7 @@ def keep_own(recipe: dict, chosen: dict[str, tuple]) -> dict[str, tuple]:
 
 def format_recipe(recipe: dict, chosen: dict[str, tuple]) -> str:
     """YAML of the recipe's settings, but for those that are chosen, and then these, with their reasons."""
-    replaced = {*chosen, "fp16"} if "bf16" in chosen else {*chosen}
+    replaced = {*chosen, "fp16"} if chosen.get("bf16", (False,))[0] else {*chosen}
     kept = {name: value for name, value in recipe.items() if name not in replaced}
     settings = yaml.safe_dump(kept, sort_keys=False) if kept else "# none: the tutorial's values\n"
     lines = ["# Settings of the recipe:", *settings.splitlines()]
@@ -117,7 +115,10 @@ def main() -> None:
     args = read_options()
     recipe = read_recipe(args.config) if args.config else {}
     chosen = keep_own(recipe, choose(args.method, recipe))
-    attempts = [chosen | less for less in list_attempts(recipe)]
+    try:
+        attempts = [chosen | less for less in list_attempts(recipe, args.command)]
+    except (TypeError, ValueError) as error:
+        fail(f"{args.config}: {error}. Give {' and '.join(ROWS)} as numbers.")
     if args.keep and args.output.is_file():
         old = args.output.read_text(encoding="utf-8")
         attempts = [chosen for chosen in attempts if format_recipe(recipe, chosen) == old] or attempts

@@ -128,8 +128,8 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not UNSEALED.fullmatch(name))
 
 
-def seal(folder: Path, known: dict[str, str] | None = None, over: list[Path] | None = None) -> dict[str, str]:
-    """Writes SHA256SUMS, with sums that are known; when all is on the disk, removes what is over. Returns all sums."""
+def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """Writes SHA256SUMS, with the sums that are known, and sees that all of the folder is on the disk; returns them."""
     names, known = list_files(folder), known or {}
     seen = {name: look(folder / name) for name in names}
     sums = add_up(folder, [name for name in names if name not in known]) | known
@@ -142,9 +142,15 @@ def seal(folder: Path, known: dict[str, str] | None = None, over: list[Path] | N
     write_text(folder / SUMS, text)  # when all that it lists is on the disk
     flush(folder.parent)
     note(folder, seen, hashlib.sha256(text.encode()).hexdigest())
-    for path in over or []:
-        shutil.rmtree(path, ignore_errors=True)
     return sums
+
+
+def seal_checkpoint(folder: Path, over: list[Path]) -> None:
+    """Seals it, and then removes what is over; one that a callback of the script takes something out of is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        seal(folder)
+        for path in over:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_damage(folder: Path) -> str | None:

@@ -121,7 +121,7 @@ def make_guard(callback_class: type, folder: Path, sealer: ThreadPoolExecutor) -
             # At the end of an epoch it is saved again, and until then the older ones are needed.
             rotate = (state.epoch % 1 or self.ended) and (self.limit or 0) > 0
             over = others[max(self.limit - len(kept), 0) :] if rotate else []
-            self.wait = sealer.submit(folders.seal, checkpoint, over=over).result  # the training goes on meanwhile
+            self.wait = sealer.submit(folders.seal_checkpoint, checkpoint, over).result  # while the training goes on
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
             args.save_total_limit = self.limit
@@ -174,6 +174,7 @@ ADVICE = (
     (r"safetensors", "Only weights in safetensors are read. Save or fetch the model again, or give another."),
     (r"requested files|Connect|connect|RemoteProtocol|Timeout|[Oo]ffline|resolve host|send a request|50\d Server",
      "See to the network, and type the same command again to go on."),
+    (r"support bf16", "Give --bf16 false --dtype float32, or, for a CPU that multiplies in bfloat16, --use_cpu true."),
     (r"[Tt]emplate", "Mend the rows or the chat template, or, where a prompt is answered, add --raw."),
     (r"(?<!install )--\w|argument|option|keys are not used|could not be parsed", "See --help (make: ARGS=--help)."),
 )  # fmt: skip
@@ -240,8 +241,8 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
     if not {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "LOCAL_RANK"} & os.environ.keys():
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # one accelerator: SFTTrainer refuses several without a launcher
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")  # else a Hopper plans 50 ms for each new length
-    if Path("/dev/nvidiactl").exists():  # on ROCm some drivers hang with it (pytorch 192259)
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # other lengths leave fewer gaps
+    if Path("/dev/nvidiactl").exists():  # fewer gaps of memory; AMD's may hang: pytorch 192259
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     argparse.ArgumentParser.error = lambda self, message: fail(f"{message}. See --help (make: ARGS=--help).")
     gc.set_threshold(100_000, 50, 50)  # looking for garbage is a quarter of the time of the libraries' import
     limit_memory()
@@ -300,8 +301,7 @@ def read_command() -> tuple[argparse.Namespace, Path, list[str]]:
     add("--note", type=Path, help="file for what NOTE in the environment says, when the result is in its place")
     add("--prediction", type=Path, help="report of predict_memory.py, for the record and for when the memory runs out")
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = parser.parse_args(sys.argv[1:place])
-    command = sys.argv[place + 1 :]
+    args, command = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
     if not command or not Path(command[0]).is_file():
         fail(f"no script {command[0] if command else 'after --'}. Give one: run_step.py FOLDER -- SCRIPT OPTIONS")
     if any(re.search(r"^--hub[_-]token|\bhf_[A-Za-z0-9]{16,}", word) for word in command):
