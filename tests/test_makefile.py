@@ -354,7 +354,7 @@ def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
         ("embedded", "qlora", "embedded-qlora"),
         ("org/name", "qlora", "qlora"),
         ("../org/*", "qlora", "qlora"),
-        ("embedded", "throughput", "throughput"),
+        ("embedded", "throughput", "embedded-throughput"),
         ("org/name", "throughput", "throughput"),
     ],
 )

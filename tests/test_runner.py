@@ -822,3 +822,17 @@ def test_a_wrong_call_is_answered_before_anything_is_lost(options, script, tmp_p
 def test_a_launcher_of_several_processes_is_refused(script, tmp_path):
     result = run("chain/run_step.py", "out", "--", script("print('ran')"), cwd=tmp_path, WORLD_SIZE="2")
     assert "one process on one accelerator" in error(result) and "ran" not in result.stdout
+
+
+def test_a_checkpoint_that_a_callback_takes_something_out_of_is_left_out(tmp_path, monkeypatch):
+    folders = load("chain/folders.py")
+    older, newer = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    for folder in (older, newer):
+        folder.mkdir()
+        (folder / "weights").write_text("1")
+    monkeypatch.setattr(folders, "list_files", lambda folder: ["weights", "optimizer"])  # which is gone meanwhile
+    folders.seal_checkpoint(newer, [older])
+    assert older.is_dir() and not (newer / folders.SUMS).exists()
+    monkeypatch.undo()
+    folders.seal_checkpoint(newer, [older])
+    assert not older.exists() and (newer / folders.SUMS).is_file()
