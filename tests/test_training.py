@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, check_refusal, load, run, start, write_rows
 from datasets import Dataset
 from helpers import OPTIONS, call, measure, read, read_losses, read_rows
+from peft import PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -365,6 +366,29 @@ def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
     loaded.clear()
     call(name, "--model_name_or_path", folder / "adapter", *question, "--dtype", "float32")
     assert loaded[0] == "float32"
+
+
+@pytest.mark.parametrize("name", ["05_generate.py", "06_pipeline_infer.py"])
+def test_a_record_of_something_else_says_nothing_of_the_type(name, tmp_path, monkeypatch):
+    choose_dtype = load(name).choose_dtype
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for content in (b"[1]", b'{"arguments": null}', b'{"arguments": ["--a"]}', b"{}", b"{", b"\xff"):
+        (tmp_path / "run.json").write_bytes(content)
+        assert choose_dtype(str(tmp_path / "model")) == "auto"
+    (tmp_path / "run.json").write_text('{"arguments": {"bf16": true}}')
+    assert choose_dtype(str(tmp_path / "model")) == "bfloat16"
+    assert choose_dtype("org/name") == "auto"
+
+
+def test_an_adapter_that_cannot_be_merged_stays_beside_its_base(tiny_model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    generate = load("05_generate.py")
+    model, tokenizer = generate.load_model(str(tmp_path / "adapter"), str(tiny_model), "float32", merge=True)
+    assert generate.generate(model, tokenizer, ["what"], False, max_new_tokens=1, do_sample=False)
+    merged, _ = generate.load_model(str(tmp_path / "adapter"), str(tiny_model), "float32")
+    assert type(model) is type(merged)
 
 
 @pytest.mark.parametrize("script", ["02_train_lora.py", "03_train_full.py"])
