@@ -253,9 +253,9 @@ $(OUT)/merged/run.json: FORCE | $(call result,lora) $(ready)
 	$(unless_same)
 	$(STEP) $(@D) --reads $(OUT)/base-model $(OUT)/lora --note $(note) -- scripts/04_merge_adapter.py $(call model,adapter) $(call args,$(step))
 
-# The card and the picture go into a result that has none yet.
+# The card and the picture go into a result that has none yet; PEFT leaves a form to fill in.
 define finish
-[ -e $(folder_of)/README.md ] || $(PY) scripts/chain/write_card.py $(OUT)/$(1)/run.json
+[ -e $(folder_of)/README.md ] && ! grep -q "More Information Needed" $(folder_of)/README.md || $(PY) scripts/chain/write_card.py $(OUT)/$(1)/run.json
 [ -e $(OUT)/$(1)/loss.png ] || [ $(1) = merged ] || $(PY) scripts/chain/plot_loss.py $(OUT)/$(1)/run.json --output $(OUT)/$(1)/loss.png
 echo "$(OUT)/$(1) is up to date"
 endef

@@ -18,7 +18,7 @@ variants  with --variants, after kernels alone: the recipe fast on the wide mode
 
 Each command has its own time limit, and one that fails ends nothing but what needs it. What is judged has a limit, with
 its reason; speed and memory are judged on an accelerator alone.
-Writes  OUTPUT/gpu.json and OUTPUT/gpu.md, and what each command said to OUTPUT/gpu/.
+Writes  OUTPUT/gpu.json and OUTPUT/gpu.md, and what each command said to OUTPUT/gpu/; of single steps gpu-STEP.json, ...
 Exits   with status 0 if all is within its limit, else with 1.
 """
 
@@ -111,7 +111,8 @@ class Check:
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.work, self.rows, self.step = args, work, [], ""
         self.began, self.gpu, self.tiny = time.monotonic(), args.device == "gpu", args.size == "tiny"
-        self.logs = args.output_dir.resolve() / "gpu"
+        self.stem = "-".join(["gpu", *(args.only if args.only != list(MAIN) else [])])  # each has a report of its own
+        self.logs = args.output_dir.resolve() / self.stem
         # On a CPU models as small as these compute no faster with more threads.
         on_cpu = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.environment = OURS | os.environ | on_cpu
@@ -122,7 +123,9 @@ class Check:
         """Runs a Python command; a RuntimeError where it does not end as it should within its limit in seconds."""
         limit = min(limit, 60 * self.args.minutes - (time.monotonic() - self.began))
         if limit < 5 or self.stopped:
-            raise RuntimeError("stopped" if self.stopped else f"left out: the {self.args.minutes:g} minutes are over")
+            raise RuntimeError(
+                "stopped" if self.stopped else f"left out: the {self.args.minutes:g} minutes are over (--minutes)"
+            )
         command, begin = [sys.executable, *map(str, command)], time.monotonic()
         options = {"env": self.environment | environment, "cwd": ROOT, "text": True, "start_new_session": True}
         log = self.logs / f"{self.step} {name}.log".replace(",", "").replace(" ", "-")
@@ -265,7 +268,7 @@ def train_twice(check: Check, name: str, recipes: dict) -> None:
     apart = max([abs(loss / losses[1][step] - 1) for step, loss in losses[0].items() if step in losses[1]])
     apart, same = max(apart, abs(ends[0] / ends[1] - 1)), runs[0]["sha256"] == runs[1]["sha256"]
     first, *_, last = losses[0].values()
-    said = f"loss {first:.3f} to {last:.3f}, held-out {ends[0]:.4f}, {time.monotonic() - begin:.0f} s for the three"
+    said = f"loss {first:.5f} to {last:.5f}, held-out {ends[0]:.5f}, {time.monotonic() - begin:.0f} s for all"
     check.judge(name, said, ends[0], last < first, "the loss falls")
     # Sums of kernels may have another order in another process; what is lost in a checkpoint is off by far more.
     said = f"{apart:.1e} apart, weights {'the same to the bit' if same else 'others'}"
@@ -428,7 +431,7 @@ def answer(check: Check, what: str, *options) -> None:
     found = read(file)
     times = found["token_seconds"][2:]  # the first passes load kernels
     median, most = statistics.median(times), max(times)
-    said = f"{1 / median:.1f} tokens/s, the slowest token {most / median:.1f} times the median, "
+    said = f"{1e3 * median:.2f} ms a token in the median, the slowest {most / median:.1f} times as long, "
     said += f"the first {found['first_token_at']:.1f} s after the start"
     good = most <= 5 * median  # what is planned or compiled for a length is far more
     check.judge(what, said, found, good, "no token takes 5 times the median", speed=True)
@@ -465,9 +468,12 @@ STEPS = {"doctor": check_doctor, "kernels": check_kernels, "tiny": check_tiny, "
 
 def format_table(check: Check, machine: str) -> str:
     lines = [machine, "", "| step | what | found | should be | |", "| --- | --- | --- | --- | --- |"]
-    marks = {True: "yes", False: "NO", None: ""}
     for row in check.rows:
-        lines.append(f"| {row['step']} | {row['what']} | {row['found']} | {row['limit']} | {marks[row['good']]} |")
+        mark = {True: "yes", False: "NO", None: "not judged" if row["limit"] else ""}[row["good"]]
+        lines.append(f"| {row['step']} | {row['what']} | {row['found']} | {row['limit']} | {mark} |")
+    judged = [row["good"] for row in check.rows if row["good"] is not None]
+    verdict = f"{sum(judged)} of {len(judged)} are as they should be."
+    lines += ["", verdict if check.gpu else f"{verdict} Speed and memory are judged on an accelerator alone."]
     return "\n".join(lines) + "\n"
 
 
@@ -483,13 +489,13 @@ def add_wheels(folder: Path, site: Path) -> None:
 def look_for_torch(args: argparse.Namespace) -> None:
     """Ends where this Python has no torch, or torch no accelerator."""
     look = [sys.executable, "-c", "import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)"]
-    status = 0 if args.device == "cpu" else subprocess.run(look, capture_output=True).returncode
+    status = subprocess.run(look, capture_output=True).returncode
+    if status == 3 and args.device == "cpu":
+        return
     if status == 3:
         sys.exit('error: PyTorch finds no accelerator. Type: make check-gpu, or add ARGS="--size tiny --device cpu"')
     if status:
-        sys.exit(
-            f"error: {sys.executable} has no PyTorch that works. Type: make setup, or name another: PYTHON=python3"
-        )
+        sys.exit(f"error: {sys.executable} has no PyTorch that works. Type: make setup, or name one that has: PYTHON=")
 
 
 def write_report(check: Check, seconds: float) -> str:
@@ -498,8 +504,9 @@ def write_report(check: Check, seconds: float) -> str:
     text = format_table(check, machine)
     good = not any(row["good"] is False for row in check.rows)
     report = {"machine": machine, "good": good, "seconds": seconds, "rows": check.rows, "doctor": check.report}
-    (check.args.output_dir / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (check.args.output_dir / "gpu.md").write_text(text, encoding="utf-8")
+    file = check.args.output_dir / check.stem
+    file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -513,7 +520,8 @@ def main() -> None:
             add_wheels(args.wheels, Path(name, "site"))
         look_for_torch(args)
         check = Check(args, Path(name))
-        check.logs.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(check.logs, ignore_errors=True)
+        check.logs.mkdir(parents=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, check.stop)
         for check.step in args.only:

@@ -513,7 +513,7 @@ def show(report: dict) -> None:
         facts = probe.get("facts", {})
         detail = probe.get("error") or facts.get("library") or ""
         detail = f"off by {facts['difference']:.2g}, allowed {facts['bound']:.2g}" if "difference" in facts else detail
-        detail += f", {facts['gb_per_second']:.1f} GB/s" if "gb_per_second" in facts else ""
+        detail += f", {facts['gb_per_second']:.1f} GB/s" if "gb_per_second" in facts and torch["available"] else ""
         lines.append(f"  {name:16} {probe['status']:10} {probe['seconds']:5.1f} s  {detail}")
     lines += [f"{free / 1e9:.0f} GB of disk free at {place}" for place, free in report["free_disk_bytes"].items()]
     lines += [f"Hugging Face token: {'there' if report['token'] else 'none'}", ""]

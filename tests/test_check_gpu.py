@@ -208,7 +208,8 @@ def test_what_the_recipes_compute_is_probed(results):
         facts = report["probes"]["attention_bf16"]["facts"]
         assert facts["keeps_scores"] is keeps and 0 < facts["difference"] < facts["bound"]
         speed = report["probes"]["optimizer"]["facts"]["gb_per_second"]
-        assert speed > 0 and re.search(rf"optimizer +passed .*, {speed:.1f} GB/s\n", result.stdout)
+        shown = re.search(rf"optimizer +passed .*, {speed:.1f} GB/s\n", result.stdout)
+        assert speed > 0 and bool(shown) == (name != "CPU")  # where nothing is paged
     facts = results["H100 with TF32"][1]["probes"]["matmul_fp32"]["facts"]
     assert 1e-3 < facts["difference"] < facts["bound"]  # more than fp32 may be off
 

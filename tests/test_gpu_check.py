@@ -35,16 +35,19 @@ def check(monkeypatch, tmp_path):
     defined = SimpleNamespace(**runpy.run_path(str(ROOT / "bench/gpu_check.py")))
     names = defined.main.__globals__
     monkeypatch.setitem(names, "subprocess", SimpleNamespace(Popen=Fork, PIPE=None, TimeoutExpired=TimeoutError))
+    monkeypatch.setitem(names, "look_for_torch", lambda args: None)  # which is there
 
     def main(*args) -> dict:
         given = ["--size", "tiny", "--device", "cpu", "--output_dir", tmp_path / "check", *args]
         monkeypatch.setattr("sys.argv", ["gpu_check.py", *map(str, given)])
-        defined.status = 0
+        defined.status, before = 0, set((tmp_path / "check").glob("gpu*.json"))
         try:
             defined.main()
         except SystemExit as stop:
             defined.status = stop.code
-        return json.loads((tmp_path / "check/gpu.json").read_text())
+        for file in set((tmp_path / "check").glob("gpu*.json")) - before:
+            return json.loads(file.rename(file.with_suffix(".read")).read_text())
+        return {}
 
     defined.names, defined.run_main = names, main
     return defined
@@ -79,6 +82,9 @@ def test_each_step_is_walked_on_the_cpu(check, tmp_path):
     assert "Type the same command again" in stopped and "status 143 after" in stopped
     assert report["doctor"]["verdict"] == "ready, with warnings"
     assert "scipy is missing" in rows["doctor: verdict"]["found"]
+    judged = [row["good"] for row in report["rows"] if row["good"] is not None]
+    assert f"{len(judged)} of {len(judged)} are as they should be. Speed and memory are judged on an acc" in table
+    assert "| 0.4 of the measured peak | not judged |" in table
 
 
 def test_what_fails_or_takes_too_long_is_a_row_and_not_the_end(check, tmp_path, monkeypatch):
@@ -98,9 +104,12 @@ def test_what_fails_or_takes_too_long_is_a_row_and_not_the_end(check, tmp_path, 
     assert (found["tiny"], found["answers"]) == ("KeyError('tokens')", "reached")
     assert "it did not end within 6 s (wide-slow.log)" in found["wide"] or "within 5 s" in found["wide"]
     assert check.status.startswith("error: not as it should be: kernels: kernels; tiny: tiny; wide: wide.")
-    assert "status no end after" in (tmp_path / "check/gpu/wide-slow.log").read_text()
+    assert "status no end after" in (tmp_path / "check/gpu-kernels-tiny-wide-answers/wide-slow.log").read_text()
     report = check.run_main("--only", "kernels", "answers", "--minutes", "0.05")
-    assert "left out: the 0.05 minutes are over" in report["rows"][0]["found"] and report["rows"][1]["good"] is None
+    assert (
+        "left out: the 0.05 minutes are over (--minutes)" in report["rows"][0]["found"]
+        and report["rows"][1]["good"] is None
+    )
 
 
 def wide(**others) -> dict:
@@ -165,7 +174,7 @@ def test_wheels_are_carried_along(check, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert "No module named 'carried'" in check.run_main("--only", "kernels")["rows"][0]["found"]
     assert check.run_main("--only", "kernels", "--wheels", tmp_path)["good"]
-    assert "carried along" in (tmp_path / "check/gpu/kernels-import.log").read_text()
+    assert "carried along" in (tmp_path / "check/gpu-kernels/kernels-import.log").read_text()
     check.run_main("--only", "kernels", "--wheels", tmp_path / "none")
     assert check.status.startswith("error: no wheels in ")
 
@@ -184,7 +193,10 @@ def test_without_an_environment_it_runs_on_the_python_that_is_named():
             "class cuda:\n    is_available = lambda: False\n",
             "PyTorch finds no accelerator. Type: make check-gpu, or add",
         ),
-        ("raise ImportError('libcudart')\n", "has no PyTorch that works. Type: make setup, or name another: PYTHON="),
+        (
+            "raise ImportError('libcudart')\n",
+            "has no PyTorch that works. Type: make setup, or name one that has: PYTHON=",
+        ),
     ],
 )
 def test_without_torch_or_an_accelerator_nothing_begins(torch, said, tmp_path):
@@ -353,7 +365,7 @@ STEPS["kernels"] = rest
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    rows = json.loads((tmp_path / "out/gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out/gpu-kernels.json").read_text())["rows"]
     assert rows[0]["found"] == "before" and not any((tmp_path / "temporary").iterdir())
     mark = f"MARK={tmp_path}".encode()
     left = [file for file in Path("/proc").glob("[0-9]*/environ") if mark in read_quietly(file)]
