@@ -106,9 +106,8 @@ def load_model(name: str, base_model: str | None, dtype: str, merge: bool = Fals
     model.generation_config.eos_token_id = sorted(ends)  # also the one that was trained
     if base != name:  # in the type of its base, as autocast takes it in a training
         model = PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False)
-        if (
-            merge and model.dtype == torch.float32 and hasattr(model, "merge_and_unload")
-        ):  # bfloat16 would round what a short training learned away
+        # A sum in 16 bits would round away what a short training learned
+        if merge and model.dtype == torch.float32 and hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
     return model.eval(), tokenizer
 
