@@ -90,7 +90,6 @@ define unless_same
 set -x
 endef
 keep_note = mkdir -p $(OUT)/.notes && printf '%s\n' "$$NOTE" > $(OUT)/.notes/$(step:check-gpu=check)
-
 # What only reads results takes those that are there, unless the step that makes them is asked for too; what is missing
 # is made. A merged model is brought up to date with the adapter beside it.
 makes = $(call asks,$(goal) tutorial $(if $(filter base-model dataset,$(1)),train-lora train-full))
@@ -101,6 +100,8 @@ evaluated := $(or $(strip $(foreach step,lora full merged,$(if $(call wanted,$(s
 # FROM: its step, the folder of its model, and the options to load it with.
 step_of = $(patsubst adapter,lora,$(patsubst base,base-model,$(1)))
 folder_of = $(OUT)/$(1:lora=lora/adapter)$(if $(filter full merged,$(1)),/model)
+# On an accelerator answers are in bfloat16 where the training was; a merged model's record has that of its adapter.
+trained_type = $(if $(filter-out cpu,$(file <$(VENV)/backend)),$(shell grep -qs '"bf16": true' $(OUT)/$(1)/run.json && echo --dtype bfloat16))
 reads = --reads $(OUT)/$(step_of) $(if $(filter adapter,$(1)),$(OUT)/base-model)
 model = --model_name_or_path $(call folder_of,$(step_of)) $(if $(filter adapter,$(1)),--base_model $(OUT)/base-model)
 from := $(call step_of,$(FROM))
@@ -160,7 +161,7 @@ infer: $(call result,$(from)) | $(ready) ## answer PROMPT="..." with FROM=adapte
 chat: $(call result,$(from)) | $(ready) ## keep a conversation with FROM=adapter|base|full|merged
 	@$(call answer,$(FROM)) --chat $(ARGS)
 pipeline: $(call result,$(from)) | $(ready) ## answer PROMPT="..." through the pipeline of transformers
-	$(STEP) $(call reads,$(FROM)) -- scripts/06_pipeline_infer.py $(call model,$(FROM)) --prompt="$$PROMPT" $(ARGS)
+	$(STEP) $(call reads,$(FROM)) -- scripts/06_pipeline_infer.py $(call model,$(FROM)) $(call trained_type,$(from)) --prompt="$$PROMPT" $(ARGS)
 tutorial: $(OUT)/check/report.json download train-lora train-full compare merge $(OUT)/answers/pipeline.jsonl ## all of the above, in order
 	@echo "The tutorial is done: $(OUT)/report/comparison.md, $(OUT)/answers"
 
@@ -252,7 +253,6 @@ $(OUT)/lora/run.json $(OUT)/full/run.json: FORCE | $(call result,base-model) $(c
 $(OUT)/merged/run.json: FORCE | $(call result,lora) $(ready)
 	$(unless_same)
 	$(STEP) $(@D) --reads $(OUT)/base-model $(OUT)/lora --note $(note) -- scripts/04_merge_adapter.py $(call model,adapter) $(call args,$(step))
-
 # The card and the picture go into a result that has none yet; PEFT leaves a form to fill in.
 define finish
 [ -e $(folder_of)/README.md ] && ! grep -q "More Information Needed" $(folder_of)/README.md || $(PY) scripts/chain/write_card.py $(OUT)/$(1)/run.json
@@ -271,7 +271,7 @@ $(OUT)/report/evaluation.json: FORCE | $(foreach step,$(evaluated) dataset base-
 	$(STEP) --reads $(addprefix $(OUT)/,$(evaluated) dataset base-model) -- scripts/chain/evaluate.py --base_model $(OUT)/base-model \
 		--models $(foreach step,$(evaluated),$(call folder_of,$(step))) --dataset_name $(OUT)/dataset --output_dir $(@D) $(call args,$(step))
 	$(keep_note)
-answer = $(STEP) $(reads) -- scripts/05_generate.py $(model)
+answer = $(STEP) $(reads) -- scripts/05_generate.py $(model) $(call trained_type,$(step_of))
 $(OUT)/answers/pipeline.jsonl: FORCE | $(foreach step,base-model lora full merged,$(call result,$(step))) $(ready)
 	$(unless_same)
 	mkdir -p $(@D)

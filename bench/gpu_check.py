@@ -65,17 +65,29 @@ VARIANTS = {
     "the loss in chunks": ("--token_metrics true", {}),
     "gradient checkpointing": ("--gradient_checkpointing true", {}),
     "packing": ("--packing true", {}),
-    "layers compiled": ("--compile_layers true", {}),
+    "layers compiled": ("", "compiled"),
     "PEFT's casts kept": ("", "casts"),
     "batches of 16": ("--per_device_train_batch_size 16", {}),
 }
-WITH_CASTS = """
-import runpy, sys
+# What runs before the script, for what it has no option for.
+PATCHES = {
+    "casts": """
 from peft.tuners.tuners_utils import BaseTunerLayer
 BaseTunerLayer.cast_input_dtype_enabled = property(lambda layer: True, lambda layer, value: None)
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+""",
+    "compiled": """
+from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+train = Trainer.train
+def compile_and_train(trainer, *given, **how):
+    for layer in trainer.model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+    return train(trainer, *given, **how)
+Trainer.train = compile_and_train
+""",
+}
+RUN = "\nimport runpy, sys\nsys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
 # As run_step.py has them, for what runs without it.
 OURS = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "HF_HUB_OFFLINE": "1"}
 if Path("/dev/nvidiactl").exists():
@@ -453,7 +465,7 @@ def check_variants(check: Check) -> None:
     judge_wide(check, "fast", fast, None)
     for name, (options, how) in VARIANTS.items():
         steps = 10 if "16" in name else 40
-        before, environment = (["-c", WITH_CASTS], {}) if how == "casts" else ([], how)
+        before, environment = (["-c", PATCHES[how] + RUN], {}) if isinstance(how, str) else ([], how)
         given = [check, name, LORA, f"--config {{fast-lora}} {options}", steps, *before]
         if found := check.attempt(name, train_wide, *given, **environment):
             ratio = found["tokens_per_second"] / fast["tokens_per_second"]

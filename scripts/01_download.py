@@ -11,10 +11,8 @@
 #     "pip==25.3",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Fetch the base model and the data set, without options the tutorial's own, and show the data.
 
@@ -121,10 +119,9 @@ def fetch_model(name: str, args: Arguments, folder: Path) -> dict:
             with file.open("rb") as stream:
                 digest.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         origin["sha256"] = digest.hexdigest()
-    link = shutil.copyfile if sys.platform == "win32" else os.symlink  # there, links need a privilege
     for file in source.iterdir():
         if file.is_file() and file.name not in ("run.json", "step.json", "SHA256SUMS"):  # records of another step
-            link(file.absolute(), folder / file.name)
+            (shutil.copyfile if sys.platform == "win32" else os.symlink)(file.absolute(), folder / file.name)
     return origin
 
 
@@ -179,9 +176,8 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     names = {"model": args.model_name_or_path, "dataset": args.dataset_name}
-    for kind, place, fetch in (("model", "base-model", fetch_model), ("dataset", "dataset", fetch_dataset)):
-        if args.only not in (kind, "both"):
-            continue
+    steps = ("model", "base-model", fetch_model), ("dataset", "dataset", fetch_dataset)
+    for kind, place, fetch in (step for step in steps if args.only in (step[0], "both")):
         (folder := Path(args.output_dir, place if args.only == "both" else "")).mkdir(parents=True, exist_ok=True)
         if {path.name for path in folder.iterdir()} - {"step.json"}:  # which says what is under way
             sys.exit(f"error: {folder} is not empty. Empty it, or give another --output_dir.")
@@ -190,8 +186,8 @@ def main() -> None:
             (folder / "run.json").write_text(record, encoding="utf-8")
         except errors.GatedRepoError:
             page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{names[kind]}"
-            steps = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
-            sys.exit(f"error: {names[kind]} is gated. Three steps: ask for access at {page}, {steps}.")
+            token = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
+            sys.exit(f"error: {names[kind]} is gated. Three steps: ask for access at {page}, {token}.")
         except Exception as error:  # each hub and each reader raises its own kind
             if type(error) is OSError:  # such as a full disk
                 raise

@@ -14,10 +14,8 @@
 #     "tensorboard==2.21.0",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Fine-tune a causal language model with LoRA and save the adapter.
 
@@ -44,7 +42,6 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import errors, hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 # Configure fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -64,7 +61,6 @@ STEPS = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<t
 @dataclass
 class Config(SFTConfig):
     token_metrics: bool = field(default=False, metadata={"help": "TRL's loss, in chunks, with entropy and accuracy."})
-    compile_layers: bool = field(default=False, metadata={"help": "Compile each layer, once, for rows of any length."})
 
 
 def find_origin(name: str, revision: str) -> dict:
@@ -152,25 +148,18 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    quantization = get_quantization_config(model_args)
-    if quantization and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
-        quantization.bnb_4bit_compute_dtype = torch.bfloat16
-    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
-    weights |= dict(quantization_config=quantization, device_map=args.device)  # straight to the accelerator
-    model = AutoModelForCausalLM.from_pretrained(name, **weights, **hub)
+    bits = get_quantization_config(model_args)
+    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, quantization_config=bits, **weights, **hub)
     data, splits = script_args.dataset_name, (script_args.dataset_train_split, script_args.dataset_test_split)
     rows, held_out = (split and load_rows(data, split, tokenizer, args) for split in splits)
 
     # Train the adapter: the trainer puts the LoRA layers into the model
-    trainer = TokenLossTrainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-        callbacks=[interruption := Interruption()], peft_config=get_peft_config(model_args),
-    )  # fmt: skip
-    for layer in trainer.model.modules():
-        layer.support_avx512bf16_for_cpu = False  # bitsandbytes would repack 4-bit weights
-        layer.cast_input_dtype_enabled = not (args.bf16 or args.fp16)  # PEFT would cast there and back
-        if args.compile_layers and isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+    interruption = Interruption()
+    sets = dict(train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, callbacks=[interruption])
+    trainer = TokenLossTrainer(model, args, **sets, peft_config=get_peft_config(model_args))
+    switches = dict(support_avx512bf16_for_cpu=False, cast_input_dtype_enabled=not (args.bf16 or args.fp16))
+    trainer.model.apply(lambda layer: vars(layer).update(switches))  # 4-bit weights stay; autocast casts, not PEFT too
     for parameter in (each for each in trainer.model.parameters() if each.requires_grad):
         parameter.data = parameter.data.float()  # TRL has bfloat16 on 4-bit weights, which rounds small updates away
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
@@ -200,7 +189,7 @@ def main() -> None:
         "dataset": {"name": data, "rows": len(rows)},
         "arguments": asdict(script_args) | asdict(model_args) | args.to_dict() | {"eos_token": args.eos_token},
         "parameters": {"trainable": trainable, "total": total},
-        "quantization": quantization and quantization.to_dict(),
+        "quantization": bits and bits.to_dict(),
         "metrics": metrics | (trainer.evaluate() | {"eval_tokens": trainer.eval_tokens} if trainer.eval_tokens else {}),
         "history": trainer.state.log_history,
     }

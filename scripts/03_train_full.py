@@ -13,10 +13,8 @@
 #     "tensorboard==2.21.0",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Fine-tune all parameters of a causal language model, without LoRA, and save the model.
 
@@ -43,7 +41,6 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import errors, hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
 # Configure fine-tuning parameters: the tutorial's. Options and --config change them.
@@ -62,7 +59,6 @@ STEPS = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<t
 @dataclass
 class Config(SFTConfig):
     token_metrics: bool = field(default=False, metadata={"help": "TRL's loss, in chunks, with entropy and accuracy."})
-    compile_layers: bool = field(default=False, metadata={"help": "Compile each layer, once, for rows of any length."})
 
 
 def find_origin(name: str, revision: str) -> dict:
@@ -150,12 +146,11 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    quantization = get_quantization_config(model_args)
-    if quantization or model_args.dtype != "float32":
+    bits = get_quantization_config(model_args)
+    if bits or model_args.dtype != "float32":
         sys.exit("error: all weights are trained, in float32. For an adapter, also on fewer bits: 02_train_lora.py")
-    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, use_safetensors=True)
-    weights |= dict(quantization_config=quantization, device_map=args.device)  # straight to the accelerator
-    model = AutoModelForCausalLM.from_pretrained(name, **weights, **hub)
+    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, quantization_config=bits, **weights, **hub)
     if not model.generation_config.do_sample:  # beside these, which some copies of Llama-2 have, it cannot be saved
         vars(model.generation_config).update(
             dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h"))
@@ -165,13 +160,9 @@ def main() -> None:
 
     # Train all parameters: the model is fresh, nothing in it is frozen or added
     router = {key: value for key, value in vars(model.config).items() if key == "output_router_logits"}
-    trainer = TokenLossTrainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-        callbacks=[interruption := Interruption()],
-    )  # fmt: skip
-    for layer in trainer.model.modules():
-        if args.compile_layers and isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+    interruption = Interruption()
+    sets = dict(train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, callbacks=[interruption])
+    trainer = TokenLossTrainer(model, args, **sets)
     trainable, total = (trainer.model.num_parameters(only_trainable=only) for only in (True, False))
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     trainer.eval_tokens = held_out and sum(label != -100 for row in trainer.eval_dataset["labels"] for label in row[1:])
@@ -197,7 +188,7 @@ def main() -> None:
         "dataset": {"name": data, "rows": len(rows)},
         "arguments": asdict(script_args) | asdict(model_args) | args.to_dict() | {"eos_token": args.eos_token},
         "parameters": {"trainable": trainable, "total": total},
-        "quantization": quantization and quantization.to_dict(),
+        "quantization": bits and bits.to_dict(),
         "metrics": metrics | (trainer.evaluate() | {"eval_tokens": trainer.eval_tokens} if trainer.eval_tokens else {}),
         "history": trainer.state.log_history,
     }

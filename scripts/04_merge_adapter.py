@@ -10,10 +10,8 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Merge a LoRA adapter into its base model and save a model that needs neither of them.
 
@@ -178,7 +176,7 @@ def main() -> None:
     run = {
         "base_model": training.get("base_model", {"name": base, "revision": revision}),
         "adapter": {"name": name},
-        "arguments": asdict(args) | {"bf16": training.get("arguments", {}).get("bf16", False)},  # how it was trained
+        "arguments": asdict(args),
         "check": check("saved", expected, compute_logits(saved, rows), args.dtype),
         "quantized_base": quantized,
     }

@@ -9,10 +9,8 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Answer prompts with a base model, a LoRA adapter on its base model, or a fully tuned model.
 
@@ -40,6 +38,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+DTYPE = "auto" if torch.accelerator.is_available() else "float32"  # auto: as the model is stored
+
 
 @dataclass
 class Arguments:
@@ -54,21 +54,8 @@ class Arguments:
     temperature: float = field(default=0.7, metadata={"help": "With --do_sample: below 1 sharper, above 1 flatter."})
     top_p: float = field(default=0.95, metadata={"help": "With --do_sample: share of the probability kept."})
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Of the weights. auto: float32 on the CPU, else bfloat16 if trained so, or as stored."},
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=DTYPE, metadata={"help": "Of weights."})
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
-
-
-def choose_dtype(name: str) -> str:
-    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
-    if not torch.accelerator.is_available():
-        return "float32"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or of something else
-        if json.loads(Path(name).parent.joinpath("run.json").read_text(encoding="utf-8"))["arguments"]["bf16"]:
-            return "bfloat16"
-    return "auto"
 
 
 def find_config(name: str, revision: str = "main") -> Path:
@@ -148,9 +135,8 @@ def main() -> None:
     prompts = args.prompt + [line for line in text.splitlines() if line.strip()]
     if not (prompts or args.chat):
         sys.exit('error: no prompt. Give --prompt "What is LoRA?", --prompts_file FILE or --chat.')
-    dtype = choose_dtype(args.model_name_or_path) if args.dtype == "auto" else args.dtype
     merge = torch.accelerator.is_available()  # where a token waits for each product to begin, also for the adapter's
-    model, tokenizer = load_model(args.model_name_or_path, args.base_model, dtype, merge)
+    model, tokenizer = load_model(args.model_name_or_path, args.base_model, args.dtype, merge)
     if not (args.raw or tokenizer.chat_template):
         sys.exit(f"error: {args.model_name_or_path!r} has no chat template. Add --raw to continue the prompt.")
 

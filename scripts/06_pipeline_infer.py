@@ -9,10 +9,8 @@
 #     "huggingface-hub==2.4.0",
 #     "python-dotenv==1.2.4",
 # ]
-# [tool.uv]
-# index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
-# sources = { torch = { index = "pytorch" } }  # for another build: UV_INDEX=pytorch=ADDRESS
-# index-strategy = "unsafe-best-match"
+# tool.uv.index = [{ name = "pytorch", url = "https://download.pytorch.org/whl/cpu", explicit = true }]
+# tool.uv.sources.torch = { index = "pytorch" }
 # ///
 """Answer prompts through transformers' pipeline, with a base, fully tuned or merged model, or an adapter.
 
@@ -23,7 +21,6 @@ Reads   a hub id or a folder; what has an adapter_config.json is an adapter, and
 Writes  the answers to the terminal; with --output FILE also as JSON lines.
 """
 
-import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -40,6 +37,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, pipeline
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+DTYPE = "auto" if torch.accelerator.is_available() else "float32"  # auto: as the model is stored
+
 
 @dataclass
 class Arguments:
@@ -49,10 +48,7 @@ class Arguments:
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as it stands, without chat template."})
     max_new_tokens: int = field(default=256, metadata={"help": "The most tokens to generate for a prompt."})
     output: str | None = field(default=None, metadata={"help": "File for the answers, one JSON object a line."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Of the weights. auto: float32 on the CPU, else bfloat16 if trained so, or as stored."},
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=DTYPE, metadata={"help": "Of weights."})
 
 
 def find_config(name: str, revision: str = "main") -> Path:
@@ -69,16 +65,6 @@ def find_config(name: str, revision: str = "main") -> Path:
     sys.exit(f"error: no model at {name!r}, a folder or a hub id: {reason}")
 
 
-def choose_dtype(name: str) -> str:
-    """float32 on the CPU; on an accelerator bfloat16 if run.json says that it was trained so, else as it is stored."""
-    if not torch.accelerator.is_available():
-        return "float32"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none there, or of something else
-        if json.loads(Path(name).parent.joinpath("run.json").read_text(encoding="utf-8"))["arguments"]["bf16"]:
-            return "bfloat16"
-    return "auto"
-
-
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
     name, config = args.model_name_or_path, find_config(args.model_name_or_path)
@@ -90,8 +76,7 @@ def main() -> None:
 
     # Set the pipeline; the tutorial gives it the name of a model alone
     safe = {"use_safetensors": True, "trust_remote_code": False}  # else the library asks whether to run its code
-    dtype = choose_dtype(name) if args.dtype == "auto" else args.dtype
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, **safe)
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=args.dtype, **safe)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=of, trust_remote_code=False)
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

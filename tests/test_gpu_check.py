@@ -212,10 +212,10 @@ def test_the_casts_that_a_variant_keeps_are_kept(check, tmp_path):
     (tmp_path / "script.py").write_text(
         "import sys, torch\nfrom peft import LoraConfig, get_peft_model\n"
         "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=['0']))\n"
-        "for layer in model.modules():\n    layer.cast_input_dtype_enabled = False\n"
+        "model.apply(lambda layer: vars(layer).update(cast_input_dtype_enabled=False))\n"
         "print(sys.argv, model.base_model.model[0].cast_input_dtype_enabled)\n"
     )
-    for before, kept in ((["-c", check.WITH_CASTS], True), ([], False)):
+    for before, kept in ((["-c", check.PATCHES["casts"] + check.RUN], True), ([], False)):
         command = [sys.executable, *before, tmp_path / "script.py", "--option"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert printed == f"{[str(tmp_path / 'script.py'), '--option']} {kept}\n"
@@ -236,7 +236,7 @@ def test_variants_are_set_beside_the_recipe_fast(check, monkeypatch):
     assert [name for name, *_ in asked] == ["fast", *check.VARIANTS]
     how = {name: rest for name, *rest in asked}
     assert how["cuDNN's attention first"][3] == {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
-    assert how["layers compiled"][0] == "--config {fast-lora} --compile_layers true" and how["packing"][1] == 40
+    assert how["layers compiled"][2] == ("-c",) and how["packing"][1] == 40
     assert how["PEFT's casts kept"][2] == ("-c",) and how["batches of 16"][1] == 10
 
 
@@ -386,3 +386,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "give another folder: --output_dir FOLDER" in result.stderr
+
+
+def test_the_layers_that_a_variant_compiles_are_compiled_for_any_length(check, tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    model, compiled = LlamaForCausalLM(LlamaConfig(**sizes)), []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda layer, **how: compiled.append((type(layer).__name__, how)))
+    monkeypatch.setattr(Trainer, "train", lambda trainer: "trained")
+    exec(check.PATCHES["compiled"], {})
+    assert Trainer.train(SimpleNamespace(model=model)) == "trained"
+    assert compiled == [("LlamaDecoderLayer", {"dynamic": True})] * 2

@@ -1,5 +1,6 @@
 """The Make graph: what runs when, and how variables reach it. A stand-in for Python logs the steps and leaves files."""
 
+import json
 import os
 import re
 import resource
@@ -700,3 +701,16 @@ def test_the_short_bench_of_an_accelerator_downloads_nothing(project):
 
 def test_the_makefile_stays_short():
     assert len((ROOT / "Makefile").read_text().splitlines()) <= 280
+
+
+@pytest.mark.parametrize(
+    ("backend", "bf16", "given"), [("rocm", True, True), ("cpu", True, False), ("rocm", False, False)]
+)
+def test_answers_are_in_the_type_that_was_trained_on_an_accelerator(backend, bf16, given, trained):
+    (trained.folder / ".venv/backend").write_text(f"{backend}\n")
+    (trained.folder / "outputs/lora/run.json").write_text(json.dumps({"arguments": {"bf16": bf16}}, indent=2))
+    for target in ("infer", "pipeline"):
+        assert trained.make(target, "ARGS=--dtype float32").returncode == 0
+        options = trained.commands()[-1].split()
+        types = [options[place + 1] for place, word in enumerate(options) if word == "--dtype"]
+        assert types == [*["bfloat16"] * given, "float32"]  # of which the last counts

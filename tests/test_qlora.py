@@ -102,30 +102,6 @@ def test_the_recipe_computes_in_bfloat16_where_the_hardware_has_it(native, train
     assert all(value.any() and value.dtype == torch.float32 for value in adapter.values())  # each B has left zero
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_4_bit_weights_are_computed_with_in_bfloat16_where_the_accelerator_has_it(native, train, monkeypatch):
-    module, chosen = load("02_train_lora.py"), []
-    find_origin = module.find_origin
-
-    def find_origin_with_an_accelerator(*args):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        # by emulation every accelerator has it
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
-        )
-        return find_origin(*args)
-
-    def stop(name, quantization_config, **options):
-        chosen.append(quantization_config.bnb_4bit_compute_dtype)
-        raise InterruptedError
-
-    monkeypatch.setattr(module, "find_origin", find_origin_with_an_accelerator)
-    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", stop)
-    with pytest.raises(InterruptedError):
-        train("never", *FOUR_BIT)
-    assert chosen == [torch.bfloat16 if native else torch.float32]
-
-
 def test_the_merge_says_where_it_goes_and_measures_the_difference(trained, tiny_model, tmp_path, capsys):
     merge = ("--model_name_or_path", trained / "adapter", "--output_dir", tmp_path / "merged", "--prompts", *QUESTIONS)
     call("04_merge_adapter.py", *merge)

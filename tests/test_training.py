@@ -1,6 +1,7 @@
 """02_train_lora.py and 05_generate.py on a tiny model: what they learn, leave and say."""
 
 import json
+import runpy
 import shutil
 import signal
 from types import SimpleNamespace
@@ -332,52 +333,18 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(trained, tmp_path
     assert generate.generate(model, tokenizer, question, False, max_new_tokens=4, do_sample=False)[0].strip() == "blue"
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", ["05_generate.py", "06_pipeline_infer.py"])
-def test_weights_are_of_the_type_that_was_trained_on_an_accelerator_alone(
-    name, bf16, accelerator, trained, tmp_path, monkeypatch
-):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    record = read(folder / "run.json")
-    record["arguments"]["bf16"] = bf16
-    (folder / "run.json").write_text(json.dumps(record))
-    script, loaded = load(name), []
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    from_pretrained = script.AutoModelForCausalLM.from_pretrained
-
-    def load_here(*args, dtype, **options):
-        loaded.append(dtype)
-        return from_pretrained(*args, dtype=dtype, **options)
-
-    def note_merge(model):
-        loaded.append("merged")
-        return merge(model)
-
-    merge = LoraModel.merge_and_unload
-    monkeypatch.setattr(LoraModel, "merge_and_unload", note_merge)
-    monkeypatch.setattr(script.AutoModelForCausalLM, "from_pretrained", load_here)
-    question = ["--prompt", "what color is the sky", "--max_new_tokens", 4, "--output", tmp_path / "answer.jsonl"]
-    call(name, "--model_name_or_path", folder / "adapter", *question)
-    # In float32 alone is the adapter merged, and by 05 alone.
-    as_trained = ["bfloat16"] if bf16 else ["auto", *["merged"] * (name == "05_generate.py")]
-    assert loaded == (as_trained if accelerator else ["float32"])
-    assert read_rows(tmp_path / "answer.jsonl")[0]["answer"].strip() == "blue"
-    loaded.clear()
-    call(name, "--model_name_or_path", folder / "adapter", *question, "--dtype", "float32")
-    assert loaded[0] == "float32"
-
-
-@pytest.mark.parametrize("name", ["05_generate.py", "06_pipeline_infer.py"])
-def test_a_record_of_something_else_says_nothing_of_the_type(name, tmp_path, monkeypatch):
-    choose_dtype = load(name).choose_dtype
+def test_weights_are_float32_on_the_cpu_and_else_as_stored(name, trained, tmp_path, monkeypatch):
+    assert load(name).DTYPE == "float32"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    for content in (b"[1]", b'{"arguments": null}', b'{"arguments": ["--a"]}', b"{}", b"{", b"\xff"):
-        (tmp_path / "run.json").write_bytes(content)
-        assert choose_dtype(str(tmp_path / "model")) == "auto"
-    (tmp_path / "run.json").write_text('{"arguments": {"bf16": true}}')
-    assert choose_dtype(str(tmp_path / "model")) == "bfloat16"
-    assert choose_dtype("org/name") == "auto"
+    assert runpy.run_path(str(ROOT / "scripts" / name))["DTYPE"] == "auto"
+    merged, merge = [], LoraModel.merge_and_unload
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda model: merged.append(name) or merge(model))
+    question = ["--prompt", "what color is the sky", "--max_new_tokens", 4, "--output", tmp_path / "answer.jsonl"]
+    for dtype in ("float32", "bfloat16"):  # in float32 alone is the adapter merged, and by 05 alone
+        call(name, "--model_name_or_path", trained / "adapter", *question, "--dtype", dtype)
+        assert read_rows(tmp_path / "answer.jsonl")[0]["answer"].strip() == "blue"
+        assert merged == ["05_generate.py"] * (name == "05_generate.py")
 
 
 def test_an_adapter_that_cannot_be_merged_stays_beside_its_base(tiny_model, tmp_path):
@@ -404,18 +371,6 @@ def test_weights_go_straight_to_the_device_of_the_training(script, tiny_model, q
     with pytest.raises(InterruptedError):
         call(script, "--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--output_dir", tmp_path)
     assert given == [torch.device("cuda:0")]
-
-
-def test_compiled_layers_learn_the_same_from_rows_of_any_length(tiny_model, question_rows, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compiled.append((layer, options)))
-    for script in ("02_train_lora.py", "03_train_full.py"):
-        command = ["--model_name_or_path", tiny_model, "--dataset_name", question_rows, "--max_steps", 1]
-        for options, count in ((["--compile_layers", "true"], 2), ([], 0)):
-            call(script, *command, *options, "--output_dir", tmp_path / "out")
-            assert len(compiled) == count  # the layers of the model, and nothing around them
-            assert all(how == {"dynamic": True} and "Layer" in type(layer).__name__ for layer, how in compiled)
-            compiled.clear()
 
 
 @pytest.mark.parametrize("bf16", [False, True])
