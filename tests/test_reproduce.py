@@ -50,6 +50,9 @@ def recorded(tiny_model, question_rows, tmp_path_factory):
     return folder
 
 
+NOT_ASKED = [f"{name}=" for name in ("DATASET_CONFIG", "DATASET_SPLIT", "COLUMNS", "DATASET_TEST_SPLIT", "ROWS")]
+
+
 @pytest.mark.parametrize("target", SCRIPTS)
 def test_a_run_is_repeated_from_its_record_alone(target, recorded, tiny_model, tmp_path, capsys):
     name = target.split("-")[1]
@@ -57,7 +60,7 @@ def test_a_run_is_repeated_from_its_record_alone(target, recorded, tiny_model, t
     result = run("chain/reproduce_run.py", record, "--output_dir", "again", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "again/reproduce.txt").read_text().splitlines()
-    assert lines == [target, str(tiny_model), str(recorded / "train.jsonl"), "3", "", name]
+    assert lines == [target, str(tiny_model), str(recorded / "train.jsonl"), "3", "", name, *NOT_ASKED]
     fetch(tmp_path / "again", *lines[1:4], *lines[4].split())
     train(tmp_path / "again", target, "--config", tmp_path / "again/reproduce.yaml")
     again = tmp_path / "again" / name / "run.json"

@@ -254,10 +254,11 @@ def check_model(trainer: SFTTrainer, name: str, text, args: SFTConfig) -> None:
 
 def measure_padding(trainer: SFTTrainer, part: slice) -> float:
     """Share of padding in the batches of the first epoch, whose rows are cut as the training cuts them."""
-    rows = trainer.train_dataset
-    trainer.train_dataset = rows.map(lambda row: {key: row[key][part] for key in ("input_ids", "labels")})
-    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
-    return 1 - sum(mask.sum().item() for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
+    lengths = [len(range(len(ids))[part]) for ids in trainer.train_dataset["input_ids"]]
+    multiple = trainer.args.pad_to_multiple_of or 1
+    batches = [[lengths[row] for row in batch] for batch in trainer.get_train_dataloader().batch_sampler]
+    padded = sum(-(-max(batch) // multiple) * multiple * len(batch) for batch in batches)
+    return 1 - sum(map(sum, batches)) / max(padded, 1)
 
 
 def show_row(row: dict, tokenizer) -> str:

@@ -1,37 +1,67 @@
-"""Fetch a data set as 01_download.py does, and turn the rows that people have into rows that are trained on.
+"""Fetch a data set, and turn the rows that people have into rows that are trained on; say how they were read.
 
-    python read_rows.py --dataset_name DATA --output_dir out
+    python read_rows.py --dataset_name DATA [--columns question:prompt,answer:completion] --output_dir out
 
-Takes the options of 01_download.py, and reads and writes what it does with --only dataset. Beyond text, messages, and
-prompt and completion it reads ShareGPT's conversations and pairs of columns such as question and answer, and says how.
+Reads   DATA: a file, a folder or a hub id; with --rows no more of it than so many rows.
+Writes  out/train.jsonl and, where rows are held out, out/validation.jsonl: text, messages, or prompt and completion;
+        and out/run.json, which says what they are. Takes the options of 01_download.py too.
 """
 
 import contextlib
+import hashlib
 import json
+import re
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
 
-from datasets import Features, Json, Value
+from find_rows import Part, find_rows
 from folders import fail
 from records import load_script
 
-# Pairs of columns that are a prompt and its completion; where there is an input, it is added to the prompt.
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("prompt", "response"))
+download = load_script("01_download.py")
+
+# Pairs of columns that are a prompt and its completion, the first that is there; INPUTS are added to the prompt.
+PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
+PAIRS += (("question", "response"), ("prompt", "response"), ("query", "response"), ("problem", "solution"))
+PAIRS += (("input", "output"), ("q", "a"), ("prompt", "answer"), ("prompt", "output"), ("context", "response"))
+INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
+# Columns of conversations, and how their rows are called.
+CHATS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "chats", "contents": "Gemini"}
+NEW = ("text", "messages", "prompt", "completion", "system", "tools", "instruction", "input", "output")  # of --columns
 # Roles by the names that chat templates know.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES |= {"function_call": "assistant", "function": "tool", "observation": "tool"}
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {"model": "assistant", "chatbot": "assistant", "ai": "assistant", "function_call": "assistant"}
+ROLES |= {"function": "tool", "observation": "tool"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "developer")}
 # Rows that are for something else, by their columns.
+IMAGES = "with images, and text alone is trained here. Give rows of text"
 OTHER = {
-    ("chosen", "rejected"): "of preferences, as DPO learns from. To learn what was chosen: name it completion, "
-    "or messages where it is whole conversations",
+    ("chosen", "rejected"): "of preferences, as DPO learns from. To learn what was chosen: --columns chosen:completion "
+    "(make: COLUMNS=), or chosen:messages where it is whole conversations",
     (
         "prompt",
         "completion",
         "label",
     ): "of answers marked good or bad, as KTO learns from. Keep the good, without label",
-    ("images",): "with images, and text alone is trained here. Give rows of text",
-    ("image",): "with images, and text alone is trained here. Give rows of text",
+    ("images",): IMAGES,
+    ("image",): IMAGES,
+    ("message_id", "parent_id"): "of a tree of messages, each with the one before it. Give whole conversations",
 }
+MANY = 0.1  # share of the rows: with more of them empty it is another fault
+
+
+@dataclass
+class Arguments(download.Arguments):
+    dataset_config: str | None = field(default=None, metadata={"help": "Part of a data set, such as main of gsm8k."})
+    dataset_train_split: str | None = field(default=None, metadata={"help": "Split to train on, such as train_sft."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to hold out, such as test_sft."})
+    columns: str | None = field(default=None, metadata={"help": f"OLD:NEW,OLD:NEW; NEW is one of {', '.join(NEW)}."})
+    rows: int | None = field(default=None, metadata={"help": "So many rows of each split, the first."})
 
 
 def refuse_other_rows(name: str, columns: list[str]) -> None:
@@ -41,12 +71,14 @@ def refuse_other_rows(name: str, columns: list[str]) -> None:
             fail(f"{name!r} has the columns {columns}: rows {what}.")
 
 
+# A row; what is wrong with it is a ValueError -------------------------------------------------------------------------
 def join_parts(content):
     """The text of content that is given in parts; what is no text, or has other parts than texts, as it is."""
     parts = content if isinstance(content, list) else [None]
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+    kinds = (None, "text", "input_text", "output_text")
+    if not all(isinstance(part, dict) and part.get("type") in kinds and "text" in part for part in parts):
         return content
-    return "".join(part.get("text") or "" for part in parts)
+    return "".join(part["text"] or "" for part in parts)
 
 
 def read_arguments(call: dict) -> dict:
@@ -57,91 +89,225 @@ def read_arguments(call: dict) -> dict:
     return call
 
 
-def to_message(turn):
-    """A message with role and content as chat templates know them, also of one with from and value."""
+def to_message(turn: dict) -> dict:
+    """A message with role and content as chat templates know them, also of one with from and value, or with parts."""
     if not isinstance(turn, dict):
-        return turn
-    new = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    for old, key in (("from", "role"), ("value", "content")):
+        raise ValueError(f"{json.dumps(turn, default=str)[:40]} is no message with role and content")
+    new = {key: value for key, value in turn.items() if key not in ("from", "value", "parts")}
+    for old, key in (("from", "role"), ("value", "content"), ("parts", "content")):
         if turn.get(old) is not None:
             new[key] = turn[old]
-    if new.get("role"):
-        new["role"] = ROLES.get(str(new["role"]).lower(), new["role"])
-    if new.get("content"):
-        new["content"] = join_parts(new["content"])
+    if not isinstance(new.get("role"), str):
+        raise ValueError(f"a message has the keys {', '.join(turn)}, and no role")
+    new["role"] = ROLES.get(new["role"].lower(), new["role"])
+    if "content" in new:
+        new["content"] = content = join_parts(new["content"])
+        if isinstance(content, list):
+            kinds = {str(part.get("type", "no text")) if isinstance(part, dict) else "no text" for part in content}
+            raise ValueError(f"a message holds {', '.join(sorted(kinds - {'text'}))}, and text alone is trained here")
+        if not isinstance(content, str | None):
+            raise ValueError(f"{content!r} in content is no text. Put it in quotes, or a word beside it")
     if turn.get("tool_calls"):
         new["tool_calls"] = [read_arguments(call) for call in turn["tool_calls"]]
     return new
 
 
-def convert_rows(name: str, rows):
-    """Rows with messages, or prompt and completion, where they have them in another form; else as they are."""
-    refuse_other_rows(name, rows.column_names)
-    columns = set(rows.column_names)
-    pair = next((pair for pair in PAIRS if columns >= set(pair)), None)
-    form = next((form for form in (("prompt", "completion"), ("messages",)) if columns >= set(form)), ())
+def to_messages(value, system=None, role="user") -> list[dict]:
+    """Messages out of a list of them, also where that is JSON in a text, or out of a mere text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError):  # a text that begins so
+            value = json.loads(value)
+    turns = [*map(to_message, [{"role": role, "content": value}] if isinstance(value, str) else value or [])]
+    has_system = not system or "system" in {turn["role"] for turn in turns}
+    return turns if has_system else [{"role": "system", "content": system}, *turns]
 
-    def join(row: dict, keys: list[str]) -> str:
-        for key in keys:
-            if isinstance(row[key], bool) or not isinstance(row[key], str | int | None):
-                fail(f"{name!r}: {row[key]!r} in {key} is no text. Put it in quotes, or a word beside it.")
-        return "\n\n".join(str(row[key]) for key in keys if row[key] not in (None, ""))
 
-    def put_system_first(row: dict, turns: list[dict]) -> list[dict]:
-        system, roles = row.get("system"), [turn.get("role") for turn in turns if isinstance(turn, dict)]
-        first = [{"role": "system", "content": system}] if system and "system" not in roles else []
-        return first + turns
+def is_listed(value) -> bool:
+    return isinstance(value, list) and isinstance((value or [{}])[0], dict)
 
-    def to_chat(row: dict) -> dict:
-        return {"messages": put_system_first(row, [*map(to_message, row["conversations"])])}
 
-    def to_pair(row: dict) -> dict:
-        prompt, answer = join(row, asked), join(row, pair[1:])
-        if "system" not in columns:
-            return {"prompt": prompt, "completion": answer}
-        prompt = put_system_first(row, [{"role": "user", "content": prompt}])
-        return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+def to_text(row: dict, keys: list[str]) -> str:
+    for key in keys:
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), str | int | None):
+            raise ValueError(f"{row[key]!r} in {key} is no text. Put it in quotes, or a word beside it")
+    return "\n\n".join(str(row[key]) for key in keys if row.get(key) not in (None, ""))
 
-    def to_form(row: dict) -> dict:
-        new = {key: [*map(to_message, row[key])] if isinstance(row[key], list) else row[key] for key in form}
-        return new | ({form[0]: put_system_first(row, new[form[0]])} if isinstance(new[form[0]], list) else {})
 
-    said, asked = "", [*pair[:1], *(key for key in ("input", "context") if key in columns - {*pair})] if pair else []
-    if not form and isinstance(rows[0].get("conversations"), list):
-        convert, used, said = to_chat, {"conversations", "system"}, "ShareGPT: conversations become messages"
-    elif form == ("prompt", "completion") and "system" in columns and isinstance(rows[0]["prompt"], str):
-        pair, asked, convert, used = form, ["prompt"], to_pair, {*form, "system"}
-        said = "system, prompt and completion: they become messages"
-    elif form:
-        convert, used = to_form, {*form, "system"}
-        if any(to_form(row) != {key: row[key] for key in form} for row in rows):
-            said = f"{', '.join(sorted(columns & used))}, with roles, texts and arguments as chat templates know them"
-    elif pair:
-        convert, used = to_pair, {*asked, pair[1], "system"}
-        said = " and ".join([*({"system"} & columns), *asked]) + f", and {pair[1]}: they become prompt and completion"
-    else:
-        used = {"text"} if "text" in columns else columns
-    left = sorted(columns - used - {"tools"})
+def is_empty(new: dict) -> bool:
+    """Whether a prompt, an answer, or all of a row has no words."""
+    said = []
+    for value in (value for key, value in new.items() if key != "tools"):
+        turns = value if isinstance(value, list) else [{"content": value}]
+        said.append(any((turn.get("content") or "").strip() or turn.keys() - {"role", "content"} for turn in turns))
+    return not all(said)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+def name_columns(columns: list[str], asked: str | None) -> dict[str, str]:
+    """What each column is called here: in small letters where it is known then, or what is asked for."""
+    known = {*NEW, *CHATS, *INPUTS, *SYSTEMS, "history", *(key for keys in (*PAIRS, *OTHER) for key in keys)}
+    small = {column: column.strip().lower() for column in columns}
+    names = {old: new if new in known and new not in columns else old for old, new in small.items()}
+    for pair in filter(None, (asked or "").split(",")):
+        old, _, new = (word.strip() for word in pair.rpartition(":"))
+        if old not in columns or new not in NEW:
+            near = "".join(f", but {word!r}" for word in get_close_matches(old, columns, 1))
+            cause = f"no column {old!r}{near}" if old not in columns else f"no {new!r} to make of {old!r}"
+            give = f"Give OLD:NEW,OLD:NEW with old ones of {', '.join(columns)}, and new ones of {', '.join(NEW)}"
+            fail(f"--columns {asked} (make: COLUMNS=): there is {cause}. {give}.")
+        names = {each: name for each, name in names.items() if name != new} | {old: new}
+    return names
+
+
+def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str], Callable[[dict], dict]]:
+    """What rows are read as, from which columns, and what makes a row of training of one; exits at other rows."""
+    refuse_other_rows(name, columns)
+    pair = next((pair for pair in PAIRS if {*columns} >= {*pair}), None)
+    chat = next((key for key in CHATS if re.match(r"\[(\{|$|])", str(first.get(key)).lstrip())), None)
+    system, history, tools = ([key for key in keys if key in columns] for keys in (SYSTEMS, ("history",), ("tools",)))
+
+    def find_system(row: dict) -> str | None:
+        return next((row[key] for key in system if row.get(key)), None)
+
+    def read_chat(row: dict) -> dict:
+        return {"messages": to_messages(row.get(chat), find_system(row))}
+
+    def read_pair(row: dict) -> dict:
+        listed = [is_listed(row.get(key)) for key in pair]
+        question, answer = (
+            row[key] if each else to_text(row, keys)
+            for each, key, keys in zip(listed, pair, (asked, [pair[1]]), strict=True)
+        )
+        if not chatty and not any(listed):
+            return {"prompt": question, "completion": answer}
+        if not chatty:
+            raise ValueError("it has messages, where the first row has texts")
+        earlier = [text for turn in row.get("history") or [] for text in turn]
+        earlier = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(earlier)]
+        prompt = to_messages(earlier + to_messages(question), find_system(row))
+        return {"prompt": prompt, "completion": to_messages(answer, role="assistant")}
+
+    def add_tools(read: Callable, row: dict) -> dict:
+        return read(row) | {key: row[key] for key in tools if row.get(key)}
+
+    if chat and pair != PAIRS[0]:
+        said = f"{CHATS[chat]}: {chat} {'become' if chat.endswith('s') else 'becomes'} messages"
+        if chat == "messages":
+            said = f"{', '.join([chat, *system])}, with roles, texts and arguments as chat templates know them"
+        return said, [*system, chat, *tools], partial(add_tools, read_chat)
+    if pair:
+        asked = [pair[0], *(key for key in INPUTS if key in columns and key not in pair and pair != PAIRS[0])]
+        used = [*system, *history, *asked, pair[1]]
+        chatty = system or history or any(is_listed(first[key]) for key in pair)
+        said = f"{'alpaca' if pair == PAIRS[1] else 'pairs'}: {', '.join(used[:-1])} and {pair[1]}"
+        return f"{said} become prompt and completion", [*used, *tools], partial(add_tools, read_pair)
+    if "text" not in columns:
+        what, give = "not text, messages, or prompt and completion", "--columns question:prompt,answer:completion"
+        if asked := [column for column in columns if column in {pair[0] for pair in PAIRS}]:
+            what, give = "questions without answers, as GRPO asks", f"--columns {asked[0]}:prompt,ANSWERS:completion"
+        fail(f"{name!r} has the columns {columns}: {what}. Name them: {give} (make: COLUMNS=)")
+    return "text", ["text"], lambda row: {"text": to_text(row, ["text"])}
+
+
+def convert_rows(name: str, part: Part, asked: str | None) -> Iterator[dict]:
+    """Rows of training; says how they were read. Those without words are left out, or, where they are many, refused."""
+    columns = part.list_columns()
+    names = name_columns(columns, asked)
+    first = next(({new: row.get(old) for old, new in names.items()} for row in part.read()), None)
+    if first is None:
+        fail(f"{name!r} has no rows in {', '.join(part.files)}. Give files with rows.")
+    form, used, convert = find_form(name, [*names.values()], first)
+    changed, empty, number = False, [], 0
+    for number, row in enumerate(part.read(), 1):
+        row = {new: row.get(old) for old, new in names.items()}
+        try:
+            new = convert(row)
+        except (ValueError, TypeError, AttributeError) as error:  # of values that are no words, turns or calls
+            fail(f"{name!r}, row {number}: {error}. Mend that row, or leave it out.")
+        changed |= new != {key: row.get(key) for key in new}
+        if is_empty(new):
+            empty.append(number)
+        else:
+            yield new
+    left = [column for column in columns if names.get(column) not in used]
     left = [*left[:9], f"and {len(left) - 9} more"] if len(left) > 9 else left
-    if said or left:
-        print(". ".join([f"read as {said}"] * bool(said) + [f"Left out: {', '.join(left)}"] * bool(left)))
-    if not said:
-        return rows
-    # Types of their own: else all rows would get the keys, null, that the arguments of some tool have
-    kinds = {key: Json() if isinstance(value, list) else Value("string") for key, value in convert(rows[0]).items()}
-    kinds |= {key: kind for key, kind in rows.features.items() if key == "tools"}
-    return rows.map(convert, features=Features(kinds), remove_columns=[*columns - {*kinds}])
+    said = [f"read as {form}"] * changed + [f"Left out: {', '.join(left)}"] * bool(left)
+    print(". ".join(said), end="\n" * bool(said))
+    if empty:
+        cause = f"{len(empty)} of {number} rows have an empty question or answer (first: row {empty[0]})"
+        if len(empty) > MANY * number:
+            fail(f"{name!r}: {cause}. Fill or remove them, or name other columns: --columns (make: COLUMNS=)")
+        print(f"{cause}: left out")
+
+
+def hold_back(rows: Iterable[dict], last: deque, count: int) -> Iterator[dict]:
+    """All but the last rows, so many, which are left in last."""
+    for row in rows:
+        last.append(row)
+        if len(last) > count:
+            yield last.popleft()
+
+
+def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, str]) -> dict:
+    """Their number, and the sum of the file; adds the types of the columns; shows a row, as the tutorial does.
+
+    For the library's reader a text that is a date is none, unless it is said to be JSON, as messages are. Other texts
+    must not be said to be: 1.10 would be the number 1.1."""
+    digest, count, shown = hashlib.sha256(), 0, None
+    with file.open("wb") as stream:
+        for count, row in enumerate(rows, 1):
+            try:
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            except UnicodeEncodeError as error:
+                fail(f"row {count} of {file.name} has half a character, {error.object[error.start]!r}. Mend that text.")
+            stream.write(line)
+            digest.update(line)
+            for key, value in row.items():
+                is_text = isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\d($|[T ]\d)", value)
+                kinds[key] = "string" if is_text else kinds.get(key, "json")
+            shown = row if count <= 12 else shown
+    print(f"{file.name}: {count:,} rows. Row {min(count, 12) - 1}, counted from 0:", shown, sep="\n")
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
+    """Writes train.jsonl and, where rows are held out, validation.jsonl, and a card; returns what they are."""
+    origin, last = download.describe("dataset", name, args.dataset_revision), deque()
+    splits = {"train": args.dataset_train_split, "validation": args.dataset_test_split}
+    parts = find_rows(name, origin.get("revision"), args.dataset_config, splits, args.rows)
+    origin["held_out_rows"] = count = 0 if "validation" in parts else args.validation_rows
+    asked = ("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "rows")
+    origin |= {key: value for key in asked if (value := vars(args)[key])}
+    kinds = {split: {} for split in parts}
+    for split, part in parts.items():
+        rows = convert_rows(name, part, args.columns)
+        rows = hold_back(rows, last, count) if count else rows
+        origin[split] = write_rows(rows, folder / f"{split}.jsonl", kinds[split])
+    if count:
+        if not (0 < count == len(last) and origin["train"]["rows"]):
+            most = origin["train"]["rows"] + len(last) - 1
+            fail(f"--validation_rows (make: VALIDATION_ROWS) is {count}: give 0 to {most}.")
+        origin["validation"] = write_rows(last, folder / "validation.jsonl", kinds["train"])
+    train, held_out = kinds["train"], kinds.get("validation", kinds["train"])
+    if train.keys() - {"tools"} != held_out.keys() - {"tools"}:
+        cause = f"{name!r}: rows to train on are read as {', '.join(train)}, held-out ones as {', '.join(held_out)}"
+        fail(f"{cause}. Name the columns of both: --columns (make: COLUMNS=)")
+    found = {key: "json" if "json" in (train.get(key), held_out.get(key)) else "string" for key in train | held_out}
+    kinds = [{"name": key, "dtype": kind} for key, kind in found.items()]
+    card = {"license": origin["license"], "dataset_info": {"features": kinds}}
+    card = f"---\n{json.dumps(card, indent=1)}\n---\nRows of {name}, as run.json describes them.\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return origin
 
 
 def main() -> None:
-    download = load_script("01_download.py")
-    check_rows = download.check_rows
-    download.check_rows = lambda name, rows: check_rows(name, convert_rows(name, rows))
+    given = download.Arguments, download.fetch_dataset
+    download.Arguments, download.fetch_dataset = Arguments, fetch_dataset
     sys.argv += ["--only", "dataset"]
     try:
         download.main()
     finally:
-        download.check_rows = check_rows
+        download.Arguments, download.fetch_dataset = given
 
 
 if __name__ == "__main__":

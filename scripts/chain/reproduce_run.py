@@ -5,7 +5,8 @@
 
 Reads   run.json of a training.
 Writes  again/reproduce.yaml, a recipe with all arguments of the run, and again/reproduce.txt, what Make needs besides,
-        a line each: target, base model, data set, rows to hold out, options of the download, folder of the result.
+        a line each: target, base model, data set, rows to hold out, options of the download, folder of the result, and
+        the variables that say which rows were read, and how.
 Exits   with --compare: with status 0 if the result is the same, else with 1: losses and weights to the bit, or, where
         one of the two ran on an accelerator, losses within TOLERANCE.
 """
@@ -22,6 +23,9 @@ from records import read_run
 # cut into other parts round otherwise. Seen, of a logged loss: nothing between two runs on an H100, and in 114 steps in
 # float32 7.5e-4 of it between an H100 and a CPU. In bfloat16 a rounding is 4e-3 of a value.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2}
+# Variables of Make, by what read_rows.py notes of their values.
+READ = {"DATASET_CONFIG": "dataset_config", "DATASET_SPLIT": "dataset_train_split", "COLUMNS": "columns"}
+READ |= {"DATASET_TEST_SPLIT": "dataset_test_split", "ROWS": "rows"}
 TRAININGS = {"02_train_lora.py": ("train-lora", "lora"), "03_train_full.py": ("train-full", "full")}
 # What is given anew: paths, and what belongs to the machine or to one process.
 NOT_REPEATED = {"model_name_or_path", "model_revision", "dataset_name", "dataset_train_split", "dataset_test_split"}
@@ -103,7 +107,8 @@ def main() -> None:
     origin = find_data(run)
     data, data_pin = find_source("dataset", origin)
     held_out = origin.get("held_out_rows", 0)
-    if not isinstance(held_out, int) or "\n" in f"{model}{data}":  # each is to be a line
+    read = "".join(str(origin.get(key) or "") for key in READ.values())
+    if not isinstance(held_out, int) or "\n" in f"{model}{data}{read}":  # each is to be a line
         fail(f"{args.run} is not of a training: {held_out!r} held-out rows of {data!r}, {model!r}. Give another.")
     if run["arguments"].get("trust_remote_code"):
         fail("the run executed code that came with its model. A record alone is no reason: type its command yourself.")
@@ -113,7 +118,8 @@ def main() -> None:
         if name not in NOT_REPEATED and value != f"<{name.upper()}>"  # which hides what ends in token
     }
     write_json(args.output_dir / "reproduce.yaml", arguments)  # JSON is YAML too
-    lines = (target, model, data, held_out, f"{model_pin} {data_pin}".strip(), folder)
+    lines = [target, model, data, held_out, f"{model_pin} {data_pin}".strip(), folder]
+    lines += [f"{variable}={origin.get(key) or ''}" for variable, key in READ.items()]
     write_text(args.output_dir / "reproduce.txt", "".join(f"{line}\n" for line in lines))
     print(f"{target} again, {model} on {data}, in {args.output_dir}")
 
