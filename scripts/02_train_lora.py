@@ -148,9 +148,9 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    bits = get_quantization_config(model_args)
-    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
-    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, quantization_config=bits, **weights, **hub)
+    quantized = {"quantization_config": bits} if (bits := get_quantization_config(model_args)) else {}  # else its own
+    hub |= dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **quantized, **hub)
     data, splits = script_args.dataset_name, (script_args.dataset_train_split, script_args.dataset_test_split)
     rows, held_out = (split and load_rows(data, split, tokenizer, args) for split in splits)
 

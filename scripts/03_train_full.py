@@ -146,11 +146,11 @@ def main() -> None:
     origin = find_origin(name, model_args.model_revision)
     hub = dict(revision=origin.get("revision", "main"), trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, model_input_names=["input_ids", "attention_mask"], **hub)
-    bits = get_quantization_config(model_args)
+    quantized = {"quantization_config": bits} if (bits := get_quantization_config(model_args)) else {}  # else its own
     if bits or model_args.dtype != "float32":
         sys.exit("error: all weights are trained, in float32. For an adapter, also on fewer bits: 02_train_lora.py")
-    weights = dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
-    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, quantization_config=bits, **weights, **hub)
+    hub |= dict(dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, device_map=args.device)
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **quantized, **hub)
     if not model.generation_config.do_sample:  # beside these, which some copies of Llama-2 have, it cannot be saved
         vars(model.generation_config).update(
             dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h"))
