@@ -236,9 +236,10 @@ $(OUT)/dataset/run.json: FORCE | $(ready)
 	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py --dataset_name="$$DATASET" \
 		--validation_rows="$$VALIDATION_ROWS" $(rows) $(call args,$(step))
 
-# Before each training an audit with its options, which may change what is learned, and a prediction of the memory: one that
-# does not fit is not begun, unless FORCE=1. The recipe fast is written then, with settings that take less memory where it
-# does not fit; for a training that was interrupted it stays. The training takes the place of the shell, to get the signals.
+# Before each training an audit with its options, which may change what is learned, and says what the model needs besides,
+# in .options; then a prediction of the memory: one that does not fit is not begun, unless FORCE=1. The recipe fast is
+# written then, with settings that take less memory where it does not fit; for a training that was interrupted it stays.
+# The training takes the place of the shell, to get the signals.
 data = --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset \
 	$$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
 recipe = $(addprefix --config ,$(recipe_$(1)))
@@ -246,14 +247,15 @@ config = $(if $(fast),--config $(OUT)/check/fast-$(1).yaml,$(recipe))
 choose = $(PY) scripts/chain/choose_fast.py --method $(1) $(recipe) --output $(OUT)/check/fast-$(1).yaml \
 	$(if $(call restart,$(1)),,$(if $(wildcard $(OUT)/$(1).part),--keep)) --
 audit = $(STEP) --reads $(OUT)/base-model $(OUT)/dataset -- scripts/chain/audit_tokens.py $(data) $(recipe) $(if $(fast),--bf16 false) \
-	--output $(OUT)/check/audit-$(1).json $(2)
+	--output $(OUT)/check/audit-$(1).json $(if $(filter full,$(1)),--use_peft false) $(2)
+fitted = $(call args,$(1)) $$(cat $(OUT)/check/audit-$(1).options)
 define train
 $(if $(findstring --help,$(ARGS)),exec $(PY) $(script) --help)
 $(call audit,$(1),$(call args,$(1)))
 $(if $(fast),$(choose)) $(PY) scripts/chain/predict_memory.py --model $(OUT)/base-model --method $(1) --audit $(OUT)/check/audit-$(1).json \
-	$(if $(filter 1,$(FORCE)),--force) --output $(OUT)/check/memory-$(1).json -- $(config) $(call args,$(1))
+	$(if $(filter 1,$(FORCE)),--force) --output $(OUT)/check/memory-$(1).json -- $(config) $(fitted)
 exec $(STEP) $(OUT)/$(1) --reads $(OUT)/base-model $(OUT)/dataset --note $(note) --prediction $(OUT)/check/memory-$(1).json \
-	$(if $(call restart,$(1)),--restart) -- $(script) $(data) $(config) $(call args,$(1))
+	$(if $(call restart,$(1)),--restart) -- $(script) $(data) $(config) $(fitted)
 endef
 $(OUT)/lora/run.json $(OUT)/full/run.json: FORCE | $(call result,base-model) $(call result,dataset) $(ready)
 	$(unless_same)

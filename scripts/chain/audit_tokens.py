@@ -3,7 +3,7 @@
     python audit_tokens.py --model_name_or_path MODEL --dataset_name DATA --output audit.json
 
 Reads   config and tokenizer of MODEL (hub id or folder) and DATA, and takes the options and --config of the training.
-Writes  --output, if given and nothing is wrong.
+Writes  --output, if given and nothing is wrong, and beside it a file .options: those that the model needs besides.
 Exits   with status 1 where a training would fail later, or where more than one row in ten teaches something else than
         it should: the chat template goes around what has a format already, or leaves parts out; BOS or EOS stands
         twice; EOS, an answer or its end is missing. Of fewer rows it warns, and of rows that --max_length cuts.
@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from folders import fail, write_json
+from fit_options import fit_options
+from folders import fail, write_json, write_text
 from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, list_turns, look_at_rows, read_tools
 from read_rows import refuse_other_rows
 from records import load_script
@@ -273,9 +274,10 @@ def show_row(row: dict, tokenizer) -> str:
 
 def main() -> None:
     script_args, model_args, args = read_options()
-    name, data, max_length = model_args.model_name_or_path, script_args.dataset_name, args.max_length
+    name, data = model_args.model_name_or_path, script_args.dataset_name
     hub = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer, config, ends = load_tokenizer(name, **hub)
+    options, max_length = fit_options(name, config, model_args, args), args.max_length
     splits = (script_args.dataset_train_split, script_args.dataset_test_split)
     check_kind(data, splits[0])
     rows, held_out = (each and training.load_rows(data, each, tokenizer, args) for each in splits)
@@ -324,6 +326,7 @@ def main() -> None:
     report_problems(problems, len(rows))
     if script_args.output:
         write_json(Path(script_args.output), report)
+        write_text(Path(script_args.output).with_suffix(".options"), " ".join(options) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def check_row(name: str, row: dict, tokenizer) -> None:
     if not (turns := list_turns(row)):
         return
     if not tokenizer.chat_template:
-        fail(f"{name} has messages, and the tokenizer no chat template. Give one: --chat_template_path FILE")
+        give = "Give one, --chat_template_path FILE, or rows that need none: text, or prompt and completion as texts"
+        fail(f"{name} has messages, and the tokenizer no chat template. {give}. Such a model is asked with --raw.")
     try:
         tokenizer.apply_chat_template(turns, tools=read_tools(row), tokenize=False)
     except Exception as error:  # a template may raise anything

@@ -54,6 +54,8 @@ def unknown_to(config: dict, targets: list[str]) -> str:
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if lacking := [name for name in sizes if not config.get(name)]:
         return f"its config has no {', '.join(lacking)}"
+    if config.get("quantization_config"):
+        return "its weights are quantized already"
     if experts := [name for name in config if name.startswith("num_") and name.endswith("experts") and config[name]]:
         return f"it is a mixture of experts ({', '.join(experts)})"
     others = set(targets) - {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")} - {"all-linear"}
