@@ -159,7 +159,7 @@ def main() -> None:
     rows, held_out = (split and load_rows(data, split, tokenizer, args) for split in splits)
 
     # Train all parameters: the model is fresh, nothing in it is frozen or added
-    router = {key: value for key, value in vars(model.config).items() if key == "output_router_logits"}
+    router = {key: value for key, value in vars(model.config).items() if "router_" in key}
     interruption = Interruption()
     sets = dict(train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, callbacks=[interruption])
     trainer = TokenLossTrainer(model, args, **sets)
@@ -180,7 +180,7 @@ def main() -> None:
         sys.exit(128 + interruption.signal)
 
     # Save the model: config, generation config, index and files of at most 5 GB
-    vars(trainer.model.config).update(router)  # the trainer switches it on, for the loss of a mixture of experts
+    vars(trainer.model.config).update(router)  # the trainer sets its loss in it, of a mixture of experts
     trainer.model.save_pretrained(output_dir / "model", max_shard_size="5GB")
     tokenizer.save_pretrained(output_dir / "model")
     run = {

@@ -19,13 +19,19 @@ def build(config: PreTrainedConfig):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def gives_tensor(layer) -> bool:
+    """Whether a linear layer gives a tensor, as LoRA takes it; some routers give more."""
+    if type(layer).forward in (Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(layer(torch.empty(1, layer.in_features, device="meta")), torch.Tensor)
+
+
 def list_linear(model) -> tuple[list[str], list[str]]:
-    """Names of the linear layers, those of its head aside: those that give a tensor, and those that give something
-    else."""
+    """Names of the linear layers, the head aside: those that LoRA takes, and others."""
     layers = [(name.rpartition(".")[2], layer) for name, layer in model.named_modules()]
     layers = [each for each in layers if isinstance(each[1], Linear | Conv1D)]
     layers = [(name, layer) for name, layer in layers if layer is not model.get_output_embeddings()]
-    plain = {name for name, layer in layers if type(layer).forward in (Linear.forward, Conv1D.forward)}
+    plain = {name for name, layer in layers if gives_tensor(layer)}
     return sorted(plain), sorted({name for name, _ in layers} - plain)
 
 
