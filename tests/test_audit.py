@@ -591,12 +591,17 @@ def test_a_token_that_is_bos_and_eos_may_stand_twice_between_turns_but_not_at_th
     assert report is None and "2 of 2 rows have </s> twice" in said
 
 
-def test_rows_longer_than_the_model_has_places_are_refused(audit, model):
+def test_rows_longer_than_the_model_has_places_are_cut_and_without_a_cut_refused(audit, model, tmp_path):
     change(model / "config.json", max_position_embeddings=8)
     said, report = audit([{"text": "a b c d e f g h x y"}] * 4)
-    assert report is None and "a row has 12 tokens, and 'model' places for 8. Give --max_length 8" in said
+    assert "note: 'model' has places for 8 tokens: --max_length is 8, not 1024." in said
+    assert (report["max_length"], report["tokens"]) == (8, 32)
+    assert (tmp_path / "audit.options").read_text() == "--max_length 8\n"
+    (tmp_path / "audit.json").unlink()
     shutil.rmtree(model.parent / "rows")
-    assert audit([{"text": "a b c d e f g h x y"}] * 4, "--max_length", 8)[1] is not None
+    (tmp_path / "recipe.yaml").write_text("max_length: null\n")
+    said, report = audit([{"text": "a b c d e f g h x y"}] * 4, "--config", "recipe.yaml")
+    assert report is None and "a row has 12 tokens, and 'model' places for 8. Give --max_length 8" in said
 
 
 def test_held_out_rows_are_cut_as_the_training_cuts(audit):
@@ -613,9 +618,8 @@ def test_a_row_without_an_answer_is_named_where_answers_alone_are_learned(audit)
 def test_messages_for_a_tokenizer_without_a_template_are_answered_with_the_option(audit, model):
     (model / "chat_template.jinja").unlink()
     said, report = audit([MESSAGES])
-    assert (
-        report is None and "row 1 has messages, and the tokenizer no chat template. Give one: --chat_template" in said
-    )
+    assert report is None and "row 1 has messages, and the tokenizer no chat template. Give one, --chat_temp" in said
+    assert "text, or prompt and completion as texts. Such a model is asked with --raw." in said
 
 
 def test_padding_with_a_token_that_the_model_has_not_is_refused(audit, model):
