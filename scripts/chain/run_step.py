@@ -6,7 +6,6 @@ The script gets --output_dir out/lora.part. When it has ended well, run.json the
 script wrote of it, all is sealed (SHA256SUMS), and the folder takes the place of out/lora, which stays until then.
 What was interrupted goes on from its newest whole checkpoint, with --resume_from_checkpoint, if script, options, inputs
 and packages are the same. Without a folder the inputs are verified, the script runs, and its errors are explained.
-
 Needs the standard library, and folders.py beside it. Where the script trains with transformers' Trainer, a callback of
 this file seals the checkpoints, and stops a training whose loss is no number or for which the disk has no room.
 """
@@ -59,20 +58,17 @@ def make_guard(callback_class: type, folder: Path, sealer: ThreadPoolExecutor) -
             self.check_disk(args, state, model)
 
         def check_disk(self, args, state, model) -> None:
-            """Adam keeps 8 bytes for a parameter."""
             weights = [value for value in model.parameters() if value.requires_grad]
             result = sum(value.nbytes for value in weights)
-            size = result + sum(8 * value.numel() for value in weights) + 2**25
+            size = result + sum(8 * value.numel() for value in weights) + 2**25  # Adam keeps 8 bytes for a parameter
             every = {"steps": state.save_steps, "epoch": state.max_steps / (args.num_train_epochs or 1)}
             steps = every.get(args.save_strategy, state.max_steps) or 1
             left = 0 if args.save_strategy == "no" else math.ceil((state.max_steps - state.global_step) / steps)
             count = max(min(left, (self.limit or left) + 1 - len(list_checkpoints(Path(args.output_dir)))), 0)
             if count * size + result > (free := shutil.disk_usage(folder).free):
-                fail(
-                    f"{count} checkpoints of {size / 1e9:.2f} GB and a result of {result / 1e9:.2f} GB do not fit into "
-                    f"the {free / 1e9:.2f} GB that are free in {args.output_dir}.\nMake room, take another folder "
-                    "(OUT), or save fewer: --save_total_limit 1, --save_strategy no"
-                )
+                needed = f"{count} checkpoints of {size / 1e9:.2f} GB and a result of {result / 1e9:.2f} GB"
+                advice = "Make room, take another folder (OUT), or save fewer: --save_total_limit 1, --save_strategy no"
+                fail(f"{needed} do not fit into the {free / 1e9:.2f} GB free in {args.output_dir}.\n{advice}")
 
         def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
             self.ended = False
@@ -153,69 +149,73 @@ class GuardTrainings:
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-GATED = """{name} is gated, and this account has no access yet. Three steps:
-  1. ask for access at https://huggingface.co/{name}
+GATED = r"""\2 is gated, and this account has no access yet. Three steps:
+  1. ask for access at https://huggingface.co/\1
   2. make a token with read access at https://huggingface.co/settings/tokens
-  3. put HF_TOKEN=<token> into .env, or run: hf auth login
-Llama-2's weights are also, without a gate, at NousResearch/Llama-2-7b-chat-hf."""
-# What a library says, and what to do about it.
+  3. put HF_TOKEN=<token> into .env, or run: hf auth login"""
+# What is said, and what to do about it; of a hub also where a script has stopped for it with words of its own.
+HUB = (
+    (r"GatedRepoError.*?((meta-llama/Llama-2[\w-]+))", GATED + "\nWithout a gate: NousResearch/Llama-2-7b-chat-hf."),
+    (r"GatedRepoError.*?://[^/ ]+/(?:api/|resolve-cache/|models/)*((?:datasets/)?([\w.-]+/[\w.-]*\w))", GATED),
+    (r"(Dataset) '([^']+)' is a gated", GATED.replace(r"\1", r"datasets/\2")),
+    (r"Invalid (cred|user token)|HTTPError.*Invalid username|oken\b.{,60} expired",
+     "HF_TOKEN of .env, or else the token of hf auth login, is not accepted. Make a new one at "
+     "https://huggingface.co/settings/tokens, or take it out: what is public needs none."),
+    (r"429 Too", "The hub had too many requests. Wait some minutes, and type the same command again to go on."),
+    (r"scripts are no longer", 'The hub may have the rows as parquet: ARGS="--dataset_revision refs/convert/parquet"'),
+    (r"onfig name is missing.*?\['([^']+)'", r"Give one of these: DATASET_CONFIG=\1 (the option: --dataset_config)."),
+    (r"(sitory|set|ion)NotFound", "Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."),
+    (r"OfflineMode|IncompleteSn", "Not all is in the cache: type the same command online, without HF_HUB_OFFLINE=1."),
+    (r"requested files|Connect|connect|RemoteProtocol|Timeout|[Oo]ffline|resolve host|send a request|50\d Server",
+     "See to the network, and type the same command again to go on. HF_HUB_OFFLINE=1 takes what was fetched before."),
+)  # fmt: skip
 ADVICE = (
     (r"Errno (27|28|122)\b|No space left|File too large|Disk quota|iostream error|unexpected pos|PytorchStreamWriter",
      "Make room, and type the same command again to go on."),
-    (r"weights.only|Unsupported (global|class|operand)|UnpicklingError",
-     "A checkpoint holds more than numbers; nothing of it was executed. Bring back what was written (an adapter in "
-     "safetensors), or begin anew: --restart (make: RESTART=1)"),
-    (r"the loss is |the weights are not finite",
-     "Try, with --restart (make: RESTART=1): a tenth of the learning rate, or --max_grad_norm 0.1 --warmup_steps 0.1 "
-     "--lr_scheduler_type linear, or --bf16 false --fp16 false"),
+    (r"weights.only|Unsupported (global|class|operand)|Unpickling", "A checkpoint holds more than numbers; nothing "
+     "of it was executed. Bring back what was written (an adapter: safetensors), or begin anew: --restart (RESTART=1)"),
+    (r"the loss is |the weights are not finite", "Try, with --restart (make: RESTART=1): a tenth of the learning rate, "
+     "or --max_grad_norm 0.1 --warmup_steps 0.1 --lr_scheduler_type linear, or --bf16 false --fp16 false"),
     (r"size mismatch", "The adapter does not fit: the shapes differ. Give its own base model, --base_model."),
     (r"[Ff]lash.?[Aa]ttention|attn_implementation", "Give another --attn_implementation: sdpa or eager."),
     (r"custom code|trust_remote_code", "Code of a model runs in a training alone, with --trust_remote_code true."),
+    *HUB,
     (r"safetensors", "Only weights in safetensors are read. Save or fetch the model again, or give another."),
-    (r"requested files|Connect|connect|RemoteProtocol|Timeout|[Oo]ffline|resolve host|send a request|50\d Server",
-     "See to the network, and type the same command again to go on."),
     (r"support bf16", "Give --bf16 false --dtype float32, or, for a CPU that multiplies in bfloat16, --use_cpu true."),
     (r"[Tt]emplate", "Mend the rows or the chat template, or, where a prompt is answered, add --raw."),
     (r"(?<!install )--\w|argument|option|keys are not used|could not be parsed", "See --help (make: ARGS=--help)."),
 )  # fmt: skip
 
 
+def find_advice(error: BaseException, table: tuple) -> str:
+    """What a table says of an error, or of one that it was raised from."""
+    said = " ".join("".join(traceback.format_exception(error, limit=0)).split())
+    return next((match.expand(advice) for pattern, advice in table if (match := re.search(pattern, said))), "")
+
+
 def explain(error: BaseException, prediction: dict, options: list[str], folder: Path | None) -> NoReturn:
     """Ends with the cause of what a library raised, and what to type next."""
     if os.environ.get("TRACEBACK") == "1":
         print(folders.mask("".join(traceback.format_exception(error))), file=sys.stderr)
-    causes = [error]  # and those that it was raised from
-    while following := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(following)
-    names = {type(cause).__name__ for cause in causes}
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "GatedRepoError" in names:
-        found = re.search(r"huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)", " ".join(map(str, causes)))
-        models = [word for word in options if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not Path(word).exists()]
-        fail(GATED.format(name=models[0] if models else found[1] if found else "the repository"))
+    text, advice = " ".join(str(error).split()) or type(error).__name__, find_advice(error, ADVICE)
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", text):
         smaller = [f"{each['options']} ({each['bytes'] / 2**30:.2f} GiB)" for each in prediction.get("smaller", [])]
         fewer = "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps"
-        smaller = smaller or [fewer, "--gradient_checkpointing true", "half of --max_length"]
-        fail(f"out of memory: {text[:200]}\nTake less, with --restart (make: RESTART=1): {', or '.join(smaller[:4])}")
-    if {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"} & names:
-        advice = "Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."
-    else:
-        given = [word.split("=")[-1] for word in options]
-        read = [word for word in given if os.path.exists(word) and not word.startswith(str(folder))]  # noqa: PTH110
-        advice = f"Mend that, in an option or in {', '.join(read)}," if read else "Mend that,"
-        advice += " and type the same command again. For all that Python says of it: TRACEBACK=1"
-        advice = next((known for pattern, known in ADVICE if re.search(pattern, f"{text} {names}")), advice)
+        smaller = smaller[:4] or [fewer, "--gradient_checkpointing true", "half of --max_length"]
+        fail(f"out of memory: {text[:200]}\nTake less, with --restart (make: RESTART=1): {', or '.join(smaller)}")
+    given = [word.split("=")[-1] for word in options]
+    read = [word for word in given if os.path.exists(word) and not word.startswith(str(folder))]  # noqa: PTH110
+    mend = f"Mend that, in an option or in {', '.join(read)}," if read else "Mend that,"
+    advice = advice or f"{mend} and type the same command again. For all that Python says of it: TRACEBACK=1"
     if folder and isinstance(error, ArithmeticError):
         last = next((str(path) for path in list_checkpoints(folder) if (path / folders.SUMS).is_file()), "none")
         text += f". The last good checkpoint: {last}"
     if not isinstance(error, OSError | ValueError | ArithmeticError | RuntimeError):
         text = f"{type(error).__name__}: {text}"
-    # The innermost line outside of Python itself and of installed packages
     trace = traceback.extract_tb(error.__traceback__)
     lines = [each for each in trace if not re.search(r"/lib/python3|^<|pyx$|run_step\.py$", each.filename)]
-    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
-    fail(f"{text[:600].rstrip('.')}{place}.\n{advice}")
+    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""  # of no package
+    fail(advice if "is gated" in advice else f"{text[:600].rstrip('.')}{place}.\n{advice}")
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -223,16 +223,15 @@ def limit_memory() -> None:
     """On the CPU: what takes more memory than is free fails, and is explained, before the system kills the process."""
     if sys.platform != "linux" or Path("/dev/kfd").exists() or Path("/dev/nvidiactl").exists():
         return
-    free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    own = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
+    own = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 + own
     limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    free_bytes = (int(free[1]) + int(own[1])) * 1024
     groups = [Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current")]
     if all(file.is_file() for file in groups) and (most := groups[0].read_text().strip()).isdigit():
         cached = re.findall(r"^(?:in)?active_file (\d+)", groups[1].with_name("memory.stat").read_text(), re.MULTILINE)
         used = int(groups[1].read_text()) - sum(map(int, cached))
-        free_bytes = min(free_bytes, int(most) - used + int(own[1]) * 1024)
-    resource.setrlimit(resource.RLIMIT_DATA, (free_bytes if limit < 0 else min(limit, free_bytes), hard))
+        free = min(free, int(most) - used + own)
+    resource.setrlimit(resource.RLIMIT_DATA, (free if limit < 0 else min(limit, free), hard))
 
 
 def run_script(script: Path, options: list[str], prediction: dict, folder: Path | None) -> None:
@@ -253,7 +252,8 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            fail(stop.code.removeprefix("error: "))
+            advice = find_advice(stop, HUB) if stop.__context__ else ""
+            fail(advice if "is gated" in advice else f"{stop.code.removeprefix('error: ')}\n{advice}".rstrip())
         if stop.code:
             if folder and stop.code > 128 and list_checkpoints(folder):
                 print("Stopped. Type the same command again, without RESTART=1, to go on.", file=sys.stderr)
