@@ -63,12 +63,19 @@ class Arguments:
 
 def describe(kind: str, name: str, revision: str) -> dict:
     """Name, commit and licence of what is on a hub; of a folder or a file its name, and the licence of its card."""
-    if Path(name).exists():
-        card = Path(name, "README.md")
-        return {"name": name, "license": (metadata_load(card) or {}).get("license") if card.is_file() else None}
-    info = HfApi().repo_info(name, repo_type=kind, revision=revision)
-    HfApi().auth_check(name, repo_type=kind)  # whether it is gated
-    return {"name": name, "revision": info.sha, "license": (info.card_data or {}).get("license")}
+    origin, card = {"name": name}, Path(name, "README.md")
+    if not Path(name).exists():
+        try:
+            card = Path(hf_hub_download(name, card.name, repo_type=kind, revision=revision))
+            origin["revision"] = card.parent.name
+        except errors.EntryNotFoundError:  # no card
+            origin["revision"] = HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
+        except errors.RevisionNotFoundError:
+            refs = HfApi().list_repo_refs(name, repo_type=kind)
+            known = ", ".join(each.name for each in [*refs.branches, *refs.tags])
+            option = f"--{kind}_revision main (make: ARGS='--{kind}_revision main')"
+            raise SystemExit(f"error: {name!r} has no {revision!r}, but {known}. Give one: {option}") from None
+    return origin | {"license": (metadata_load(card) or {}).get("license") if card.is_file() else None}
 
 
 def hash_files(files: list[Path]) -> str:
@@ -197,7 +204,8 @@ def main() -> None:
             if type(error) is OSError:  # such as a full disk
                 raise
             reason = " ".join(" ".join({str(error): 0, str(error.__cause__ or ""): 0}).split())[:400] or "it is empty"
-            where = "" if Path(names[kind]).exists() else f"there is no {Path.cwd() / names[kind]}, and of the Hub: "
+            hub = f"there is no {Path.cwd() / names[kind]}, and of {HfApi().endpoint}: "
+            where = "" if Path(names[kind]).exists() else hub
             sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {where}{reason}. Mend it, or give another.")
 
 
