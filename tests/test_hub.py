@@ -40,6 +40,8 @@ class Hub:
 
     def __init__(self):
         self.repositories, self.breaks, self.asked, self.port = {}, {}, [], 0
+        # Tokens; the place of a wrong byte by repository; beginnings of addresses with what is answered there once.
+        self.refused, self.damaged, self.busy = set(), {}, []
         self.open()
 
     def open(self):
@@ -89,14 +91,30 @@ class Hub:
         parts[2:2] = ["file"] if "resolve-cache" in prefixes else []
         name, what, revision, path = "/".join(parts[:2]), *(*parts[2:4], "", "")[:2], "/".join(parts[4:])
         known = request.headers["Authorization"] is not None
+        if self.busy and request.path.startswith(self.busy[0][0]):
+            return self.send(request, 429, self.busy.pop(0)[1])
+        if request.headers["Authorization"] in self.refused:
+            said = {
+                "X-Error-Message": "Invalid credentials in Authorization header",
+                "Content-Type": "application/json",
+            }
+            return self.send(request, 401, said, b'{"error": "Invalid username or password."}')
         repository = self.repositories.get((kind, name))
         if repository is None:
-            return self.send(request, 404 if known else 401, {"X-Error-Code": "RepoNotFound"})
+            said = {"X-Error-Code": "RepoNotFound", "Content-Type": "application/json"}
+            return self.send(request, 404 if known else 401, said, b'{"error": "Invalid username or password."}')
         if "gated" in name and what in ("auth-check", "resolve", "file"):  # what is there everyone may see
             said = {"X-Error-Code": "GatedRepo", "X-Error-Message": "You are not in the authorized list."}
             return self.send(request, 403 if known else 401, said)
         if what == "auth-check":
             return self.send(request, 200)
+        if what == "refs":
+            commits = {key: commit for key, (commit, _) in repository.items() if key != commit}
+            refs = {
+                kind: [{"name": key, "ref": key, "targetCommit": commits[key]} for key in commits if key in names]
+                for kind, names in {"branches": ["main"], "tags": ["v1"], "converts": []}.items()
+            }
+            return self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(refs).encode())
         if (revision or "main") not in repository:
             return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
         commit, files = repository[revision or "main"]
@@ -147,6 +165,9 @@ class Hub:
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         end = len(content)
+        if name in self.damaged and path.endswith((".safetensors", ".jsonl")):
+            content = bytearray(content)
+            content[self.damaged[name]] ^= 1
         if path.endswith(".safetensors") and request.command == "GET" and self.breaks.get(name):
             self.breaks[name], end = self.breaks[name] - 1, (first + end) // 2
         return self.send(request, 206 if first else 200, headers, content[first:], end - first)
@@ -252,11 +273,11 @@ def run_alone(orders: dict[Path, tuple], **environment) -> None:
             assert result.returncode == 0, f"{result.args}\n{result.stderr}"
 
 
-def check_error(result: subprocess.CompletedProcess, *said: str) -> None:
-    """Asserts that a script ended with one line that begins with error and says something."""
+def check_error(result: subprocess.CompletedProcess, *said: str, lines=1) -> None:
+    """Asserts that a script ended with one line, or some, that begins with error and says something."""
     assert result.returncode == 1 and "Traceback" not in result.stderr, f"{result.args}\n{result.stderr}"
     message = result.stderr[result.stderr.rindex("error: ") :].strip()
-    assert all(part in message for part in said) and "\n" not in message, f"{result.args}\n{message}"
+    assert all(part in message for part in said) and message.count("\n") < lines, f"{result.args}\n{message}"
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -460,7 +481,12 @@ def test_what_is_gated_is_answered_by_three_steps_and_no_token_is_shown(hub, ada
         runs.append((name, order_step(script, tmp_path / f"{number}-step", *args, code=code)))
     for (name, _), result in zip(runs, wait(*(begin for _, begin in runs)), strict=True):
         check_error(
-            result, f"https://huggingface.co/{name}", "https://huggingface.co/settings/tokens", "HF_TOKEN=", ".env"
+            result,
+            f"https://huggingface.co/{name}",
+            "https://huggingface.co/settings/tokens",
+            "HF_TOKEN=",
+            ".env",
+            lines=1 + 3 * ("is gated, and this" in result.stderr),
         )
         assert TOKEN not in result.stdout + result.stderr
     for path in [*tmp_path.rglob("*"), *hub.cache.rglob("*")]:
@@ -525,3 +551,141 @@ def test_a_transfer_that_breaks_off_for_good_is_explained_and_the_same_command_g
     finish(*orders)
     for place in ("order/out", "order_step/out"):
         assert read_losses(tmp_path / place) == read_losses(trained / "lora-v1/out")
+
+
+# Downloads as make begins them ----------------------------------------------------------------------------------------
+RUNNER, READER = ROOT / "scripts/chain/run_step.py", ROOT / "scripts/chain/read_rows.py"
+ROW = b'{"prompt": "a", "completion": "b"}\n'
+BOTH = {"model": "org/tiny", "dataset": "org/rows"}
+PLACES = {"model": "base-model", "dataset": "dataset"}
+
+
+def fetch(kind: str, name: str, folder: Path, *args, **faults) -> Callable[[], Process]:
+    folder.mkdir(parents=True, exist_ok=True)
+    step = [ROOT / "scripts" / DOWNLOAD, "--only", "model", "--model_name_or_path"]
+    step = step if kind == "model" else [READER, "--dataset_name"]
+    return partial(Process, RUNNER, [PLACES[kind], "--", *step, name, *args], folder, **faults)
+
+
+def read_origin(kind: str, folder: Path) -> dict:
+    return read(folder / PLACES[kind] / "run.json")[PLACES[kind].replace("-", "_")]
+
+
+def test_a_second_download_asks_for_no_file_again_and_takes_no_room(hub, tmp_path):
+    orders = [fetch(kind, name, tmp_path / "first") for kind, name in BOTH.items()]
+    finish(*orders)
+    asked = len(hub.asked)
+    finish(*(fetch(kind, name, tmp_path / "second") for kind, name in BOTH.items()))
+    assert not [path for command, path, *_ in hub.asked[asked:] if command == "GET" and "/resolve" in path]
+    for kind in BOTH:
+        assert read_origin(kind, tmp_path / "first") == read_origin(kind, tmp_path / "second")
+    weights = [tmp_path / f"{name}/base-model/model.safetensors" for name in ("first", "second")]
+    assert all(file.is_symlink() for file in weights) and weights[0].samefile(weights[1])
+
+
+def test_without_a_hub_a_cache_does_that_has_what_is_asked_for(hub, tmp_path):
+    """Offline, and where the hub is not reached; with a card and without; each revision, and never another's rows."""
+    card = {"README.md": b"---\nlicense: mit\n---\n"}
+    hub.add("org/offline", read_files(hub.older), read_files(hub.newer) | card)
+    hub.add("org/offline", {"a.jsonl": ROW}, {"a.jsonl": ROW * 2} | card, kind="datasets")
+    everything = [("dataset", "v1"), ("model", "v1"), ("model", "main"), ("dataset", "main")]
+
+    def order_all(place: str, **faults):
+        folders = [tmp_path / f"{place}-{revision}" for _, revision in everything]
+        options = [(f"--{kind}_revision", revision) for kind, revision in everything]
+        each = zip(everything, folders, options, strict=True)
+        return [fetch(kind, "org/offline", folder, *option, **faults) for (kind, _), folder, option in each]
+
+    finish(*order_all("online"))
+    asked = len(hub.asked)
+    finish(*order_all("offline", code=OFFLINE))
+    assert len(hub.asked) == asked
+    with hub.gone():
+        finish(*order_all("gone", code=AT_ONCE)[2:])
+    for kind, revision in everything:
+        origin = read_origin(kind, tmp_path / f"online-{revision}")
+        assert origin["license"] == ("mit" if revision == "main" else None)
+        for place in ("offline", "gone")[: 1 + (revision == "main")]:
+            assert read_origin(kind, tmp_path / f"{place}-{revision}") == origin
+    rows = (
+        hub.cache / "datasets/org___offline/default/0.0.0" / read_origin("dataset", tmp_path / "online-v1")["revision"]
+    )
+    shutil.rmtree(rows)
+    (result,) = wait(fetch("dataset", "org/offline", tmp_path / "other", "--dataset_revision", "v1", code=OFFLINE))
+    check_error(result, f"not of {rows.name}. Go online once")
+
+
+def test_without_a_hub_what_is_in_no_cache_is_named(hub, tmp_path):
+    hub.add("org/unfetched", read_files(hub.older))
+    for kind in BOTH:
+        (result,) = wait(fetch(kind, "org/unfetched", tmp_path, code=OFFLINE))
+        check_error(result, "'org/unfetched'", "no matching entry was found in the local cache", lines=2)
+        assert result.stderr.endswith("type the same command online, without HF_HUB_OFFLINE=1.\n")
+    with hub.gone():
+        (result,) = wait(fetch("model", "org/unfetched", tmp_path, code=AT_ONCE))
+    address = hub.environment["HF_ENDPOINT"]
+    check_error(result, f"of {address}: ", "See to the network, and type the same command again", lines=2)
+
+
+def test_what_came_damaged_is_refused_and_fetched_again_by_the_same_command(hub, tmp_path):
+    hub.add("org/damaged-model", read_files(hub.older))
+    for name in ("org/damaged-rows", "org/unreadable-rows"):
+        hub.add(name, {"train.jsonl": ROW[:-1] + b" " * 9 + ROW[-1:]}, kind="datasets")
+    names = {"org/damaged-model": "model", "org/damaged-rows": "dataset", "org/unreadable-rows": "dataset"}
+    orders = [fetch(kind, name, tmp_path / name) for name, kind in names.items()]
+    hub.damaged |= {"org/damaged-model": -1, "org/damaged-rows": ROW.index(b"b"), "org/unreadable-rows": 1}
+    for result in wait(*orders):
+        check_error(result, "came damaged: the hub states another sha256. It is removed: type the same command again")
+    assert not [path for place in PLACES.values() for path in tmp_path.glob(f"org/*/{place}")]
+    hub.damaged.clear()
+    finish(*orders)
+    model = tmp_path / "org/damaged-model/base-model/model.safetensors"
+    assert model.read_bytes() == (hub.older / model.name).read_bytes()
+    for name in ("damaged-rows", "unreadable-rows"):
+        assert read_rows(tmp_path / f"org/{name}/dataset/train.jsonl") == [json.loads(ROW)]
+
+
+def test_a_hub_that_has_too_much_to_do_is_waited_for_as_it_says_and_not_for_ever(hub, tmp_path):
+    card = {"README.md": b""}
+    hub.add("org/busy", read_files(hub.older) | card)
+    limit = {"RateLimit": '"resolvers";r=0;t=7', "RateLimit-Policy": '"fixed window";"resolvers";q=500;w=300'}
+    # The library asks once without and then with patience.
+    hub.busy += [("/org/busy/resolve", {"Retry-After": "3"})] * 2 + [("/api/models/org/busy/tree", limit)]
+    order = fetch("model", "org/busy", tmp_path, code="import time; time.sleep = lambda s: print('slept', s)")
+    (result,) = finish(order)
+    assert [line for line in result.stdout.splitlines() if line.startswith("slept")] == ["slept 4.0", "slept 8.0"]
+    assert "Rate limited. Waiting 4.0s" in result.stderr and "Rate limited. Waiting 8.0s" in result.stderr
+    hub.busy += [("/", {"Retry-After": "1"})] * 99
+    results = wait(*(fetch(kind, f"org/busy-{kind}", tmp_path, code=AT_ONCE) for kind in BOTH))
+    hub.busy.clear()
+    for result in results:
+        check_error(result, "429 Too Many Requests", "Wait some minutes, and type the same command again", lines=2)
+
+
+def test_a_name_a_revision_or_a_token_that_a_hub_does_not_take_is_answered_by_what_helps(hub, tmp_path):
+    token = f"{TOKEN}refused"
+    hub.refused.add(f"Bearer {token}")
+    hub.add("org/script", {"script.py": b"", "README.md": b""}, kind="datasets")
+    configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic")]
+    card = f"---\nconfigs:\n{''.join(configs)}---\n".encode()
+    hub.add("org/configs", {"README.md": card, "main.jsonl": ROW, "socratic.jsonl": ROW}, kind="datasets")
+    cases = []
+    for kind, name in BOTH.items():
+        revision = f"--{kind}_revision"
+        said = [f"{name!r} has no 'v9', but main, v1.", f"(make: ARGS='{revision} main')"]
+        cases.append((1, said, fetch(kind, name, tmp_path / "revision", revision, "v9")))
+        said = ["Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."]
+        cases.append((2, said, fetch(kind, "org/absent", tmp_path / "absent")))
+        said = [
+            "HF_TOKEN of .env, or else the token of hf auth login, is not accepted",
+            "https://huggingface.co/settings",
+        ]
+        code = f"import os; os.environ['HF_TOKEN'] = '{token}'"
+        cases.append((2, said, fetch(kind, f"{name}-unseen", tmp_path / "token", code=code)))
+    said = ['ARGS="--dataset_revision refs/convert/parquet"', "found script.py"]
+    cases.append((2, said, fetch("dataset", "org/script", tmp_path / "script")))
+    said = ["'main', 'socratic'", "DATASET_CONFIG=main"]
+    cases.append((2, said, fetch("dataset", "org/configs", tmp_path / "configs")))
+    for (lines, said, _), result in zip(cases, wait(*(begin for *_, begin in cases)), strict=True):
+        check_error(result, *said, lines=lines)
+        assert TOKEN not in result.stdout + result.stderr

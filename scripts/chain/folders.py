@@ -128,12 +128,24 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not UNSEALED.fullmatch(name))
 
 
+def check_download(file: Path, digest: str) -> None:
+    """Stops at a file whose sum is not what a hub states, which is its name in the hub's cache; removes it there."""
+    link = file
+    while link.is_symlink():
+        link = link.parent / link.readlink()
+        if link.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", link.name) and link.name != digest:
+            link.unlink()
+            fail(f"{file} came damaged: the hub states another sha256. It is removed: type the same command again.")
+
+
 def seal(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
     """Writes SHA256SUMS, with the sums that are known, and sees that all of the folder is on the disk; returns them."""
     names, known = list_files(folder), known or {}
     seen = {name: look(folder / name) for name in names}
     sums = add_up(folder, [name for name in names if name not in known]) | known
     sums = {name: sums[name] for name in names}
+    for name, digest in sums.items():
+        check_download(folder / name, digest)
     # With their number, so that a list that was cut off is known; to sha256sum --check that line is a comment.
     text = f"# {len(sums)} files\n" + "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     paths = [folder / name for name in names]
@@ -167,10 +179,9 @@ def find_damage(folder: Path) -> str | None:
     if others := set(list_files(folder)) - expected.keys():
         return f"{folder / min(others)} is not among the files that were written, in {SUMS}: take it out"
     digest = hashlib.sha256(text.encode()).hexdigest()
-    try:
+    seen = {}
+    with contextlib.suppress(OSError, ValueError):
         seen = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        seen = {}
     now = {name: look(folder / name) for name in expected}
     changed = [name for name in expected if seen.get("sums") != digest or seen.get(name) != now[name]]
     for name, found in add_up(folder, changed).items():
@@ -273,10 +284,8 @@ def describe_step(script: Path, options: list[str], inputs: dict[Path, str]) -> 
     """What makes an attempt the same as another: script, options, inputs by their sums, packages."""
     packages = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "script": {script.name: sha256(script)[:12]},
         "options": read_options(options, list(inputs)),
@@ -323,14 +332,11 @@ def take_up(part: Path, step: dict, restart: bool) -> Path | None:
         part.mkdir(parents=True)
         write_json(part / "step.json", step | {"started": datetime.now().astimezone().isoformat()})
         return None
-    whole = None
-    for checkpoint in sealed:
-        if damage := find_damage(checkpoint):
-            print(f"{damage}. This checkpoint is left out.")
-        else:
-            whole = checkpoint
+    for whole in sealed:
+        if not (damage := find_damage(whole)):
             break
-    if whole is None:
+        print(f"{damage}. This checkpoint is left out.")
+    else:
         fail("no checkpoint is whole. Bring what is damaged back, or begin anew: --restart (make: RESTART=1)")
     if differences := find_differences(step, read_record(part, "step.json")):
         fail(

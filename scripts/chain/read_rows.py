@@ -19,11 +19,12 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from find_rows import Part, find_rows
 from folders import fail
 from records import load_script
 
-download = load_script("01_download.py")
+download = load_script("01_download.py")  # reads .env, before the imports below look at the environment
+
+from find_rows import Part, find_rows
 
 # Pairs of columns that are a prompt and its completion, the first that is there; INPUTS are added to the prompt.
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
