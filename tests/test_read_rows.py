@@ -248,6 +248,7 @@ def test_a_card_without_splits_and_one_config_needs_no_name(fetch, tmp_path):
     [
         ({"train.jsonl": rows("a"), "train.csv": "text\na\n"}, "has .csv and .jsonl of one split, train.csv, train"),
         ({"test.jsonl": rows("a")}, "has no rows to train on, but test. Name one: --dataset_train_split"),
+        ({"train-00001-of-00002.jsonl": rows("a")}, "has 1 of 2 files train-*-of-00002.jsonl. Fetch or write those"),
         ({"notes.pdf": "x", "code.py": "y"}, "has no file of rows, but .pdf, .py. Read are"),
         ({"README.md": "Nothing else."}, "has no file of rows, but .md. Read are"),
         (

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,8 +18,8 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 import pyarrow
-from folders import fail
-from huggingface_hub import HfApi, HfFileSystem, constants, metadata_load, snapshot_download
+from folders import check_download, fail, sha256
+from huggingface_hub import HfApi, HfFileSystem, errors, hf_hub_download, metadata_load, snapshot_download
 from pyarrow.parquet import ParquetFile
 
 LINES, TABLES, ARROW = (".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet", ".arrow")
@@ -199,14 +200,18 @@ def choose_splits(name: str, splits: list[str], words: tuple, asked: str | None,
 
 
 def list_files(name: str, revision: str | None) -> tuple[Path | None, list[str], dict | None]:
-    """The folder of a data set, none for what is on the Hub and not here yet; its files; what its card says."""
-    if revision and not constants.HF_HUB_OFFLINE:
-        files = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-        options = dict(repo_type="dataset", revision=revision, allow_patterns="README.md")
-        card = Path(snapshot_download(name, **options), "README.md") if "README.md" in files else None
-        return None, files, card and metadata_load(card)
-    options = dict(repo_type="dataset", revision=revision, local_files_only=True)
-    folder = Path(snapshot_download(name, **options) if revision else name)
+    """The folder of a data set, none for what is on a hub and reached; its files; what its card says."""
+    folder, repository = Path(name), dict(repo_type="dataset", revision=revision)
+    if revision:
+        try:
+            files = HfApi().list_repo_files(name, **repository)
+            card = "README.md" in files and hf_hub_download(name, "README.md", **repository)
+            return None, files, metadata_load(card) if card else None
+        except Exception as error:  # no network: of this commit the cache may have the files
+            try:
+                folder = Path(snapshot_download(name, local_files_only=True, **repository))
+            except errors.LocalEntryNotFoundError:
+                raise error from None
     if folder.is_file():
         return folder.parent, [folder.name], None
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -239,10 +244,17 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     for what, each in (("train on", chosen["train"]), ("held out", chosen["validation"]), ("left out", left)):
         if each and (len(files) > 1 or not Path(name).is_file()):
             print(f"{what}: {', '.join(each[:9])}{f' and {len(each) - 9} more' if len(each) > 9 else ''}")
-    streamed = revision and most and not constants.HF_HUB_OFFLINE and find_kind(chosen["train"][0])[0] != ".json"
-    if revision and not streamed:
-        patterns = [glob.escape(file) for each in chosen.values() for file in each]
+    shards = Counter(re.sub(r"\d+(-of-\d+)", r"*\1", file) for each in chosen.values() for file in each)
+    for file, count in shards.items():
+        if (of := re.search(r"\*-of-(\d+)", file)) and count != int(of[1]):
+            fail(f"{name!r} has {count} of {int(of[1])} files {file}. Fetch or write those that it lacks.")
+    streamed = not folder and most and find_kind(chosen["train"][0])[0] != ".json"
+    if not folder and not streamed:
+        wanted = [file for each in chosen.values() for file in each]
+        patterns = [glob.escape(file) for file in wanted]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        for file in wanted:
+            check_download(Path(folder, file), sha256(Path(folder, file)))
     for key, each in chosen.items():
         files = {file: partial(Path(folder or "", file).open, "rb") for file in each}
         if streamed:
