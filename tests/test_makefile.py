@@ -51,7 +51,8 @@ case $script in
     *reproduce_run*)
         [ "$out" ] || exit 0
         mkdir -p "$out"
-        printf '%s\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full 'COLUMNS=a b:prompt' ROWS= > "$out/reproduce.txt"
+        printf '%s\n' train-full org/name 'my data.jsonl' 5 '--model_revision c0ffee' full > "$out/reproduce.txt"
+        printf '%s\n' 'COLUMNS=a b:prompt' ROWS= >> "$out/reproduce.txt"
         echo '{}' > "$out/reproduce.yaml" ;;
     *)
         for i in "${!args[@]}"; do  # of choose_fast there are two
@@ -61,7 +62,8 @@ esac
 """
 VARIABLES = (
     "OUT BASE_MODEL DATASET RECIPE ARGS PROMPT FROM BACKEND TORCH_INDEX TORCH_VERSION PYTHON VENV "
-    "DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT COLUMNS ROWS REPO RUN DEVICE PRICE VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
+    "DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT COLUMNS ROWS "
+    "REPO RUN DEVICE PRICE VALIDATION_ROWS RESTART COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE "
     "MAKEFLAGS MAKEOVERRIDES MAKELEVEL"
 )
 # The audit of the data, and the prediction of the memory.
@@ -297,7 +299,7 @@ def test_settings_reach_the_commands(trained):
     trained.make("download", *given)
     assert not trained.steps()  # the same again
     for columns in ("80", "c:text"):  # the first is the width of a terminal
-        trained.make("download", *given[:3], COLUMNS=columns)
+        trained.make("download", *given[:-1], COLUMNS=columns)
         assert ("--columns=c:text" in trained.commands()[-1]) == (columns == "c:text")
     assert "--config" not in " ".join(trained.commands())
 

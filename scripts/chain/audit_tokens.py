@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from fit_options import fit_options
 from folders import fail, write_json, write_text
 from look_at_rows import ENDS_ASKING, FOREIGN, NO_END, check_row, list_turns, look_at_rows, read_tools
 from read_rows import refuse_other_rows
@@ -32,6 +31,7 @@ from records import load_script
 training = load_script("02_train_lora.py")  # reads .env, before the imports below look at the environment
 
 from datasets import Dataset
+from fit_options import fit_options
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
