@@ -122,7 +122,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
+	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth try-all lint lock docker-run clean distclean FORCE
 .NOTPARALLEL: # one accelerator, one step at a time
 ready := $(VENV)/installed $(OUT)/check/report.json
 
@@ -193,6 +193,8 @@ bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generatio
 bench-growth: $(call result,base-model) | $(ready) ## measure how time and memory grow with rows and length
 bench-steps bench-growth:
 	$(PY) bench/$(if $(filter %-steps,$@),step_speed,growth).py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
+try-all: | $(VENV)/installed ## take 70 forms of data and 50 models that people bring through all steps, and print what came of each (an hour)
+	@$(PY) bench/bring_your_own.py --output_dir $(OUT)/bench/own $(ARGS)
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 lock: ## pin the packages anew for each backend, after a change of env/requirements*.txt
