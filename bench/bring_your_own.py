@@ -28,7 +28,7 @@ from brought import FORMS, KINDS, MODELS, PLAIN, Case, encode, save_model, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("download", "audit", "train-lora", "merge", "infer", "evaluate")
-RECIPE = {"max_steps": 3, "logging_steps": 1, "max_length": 128}
+RECIPE = {"max_steps": 3, "logging_steps": 1, "max_length": 128, "learning_rate": 0.01, "optim": "adamw_torch"}
 COLUMNS = ("case", "made of", "outcome", "how it was read, or what was said", "seconds")
 
 
@@ -87,7 +87,6 @@ def make(out: Path, targets: list[str], log: Path, **variables) -> tuple[int, st
     """Status and output of make, as a user types it."""
     own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}  # of the make that may have called this
     environment = {key: value for key, value in os.environ.items() if key not in own}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out.parent / "cache"), "OMP_NUM_THREADS": "1"}
     given = [f"{key}={value}" for key, value in (variables | {"OUT": out}).items()]
     command = ["make", "--no-print-directory", "-C", str(ROOT), *targets, *given]
     with log.open("w+", encoding="utf-8") as file:
@@ -96,24 +95,25 @@ def make(out: Path, targets: list[str], log: Path, **variables) -> tuple[int, st
         return status, file.read().replace("\r", "\n")
 
 
-def try_case(name: str, case: Case, folder: Path, logs: Path) -> dict:
+def try_case(number: int, name: str, case: Case, folder: Path, logs: Path) -> dict:
     """Takes one case through the steps. The base model and the rows that most cases share are there already."""
-    begin, place = time.perf_counter(), re.sub(r"\W+", "-", name.lower()).strip("-")
-    base, data, recipe, out = folder / "base", folder / "rows.jsonl", folder / f"{place}.yaml", folder / f"{place}-out"
+    begin, log = time.perf_counter(), logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.log"
+    base, data, own = folder / "base", folder / "rows.jsonl", folder / str(number)  # names say nothing of the case
+    out, recipe = own / "out", own / "few.yaml"
     shutil.copytree(folder / "first", out, symlinks=True)
     recipe.write_text(json.dumps(RECIPE | case.recipe))  # which is YAML too
     if case.model or case.change:
-        base = folder / f"{place}-base"
+        base = own / "base"
         save_model(base, *(case.model or KINDS["Llama"]))
         if case.change:
             case.change(base)
     if case.files:
-        data = write_data(case, folder / place)
+        data = write_data(case, own / "data")
     given = {"BASE_MODEL": base, "DATASET": data, "RECIPE": recipe, "VALIDATION_ROWS": 4, "PROMPT": "What is LoRA?"}
-    status, output = make(out, TARGETS, logs / f"{place}.log", **(given | case.variables))
+    status, output = make(out, TARGETS, log, **(given | case.variables))
     outcome, what = judge(case, status, output, look_at(out))
-    shutil.rmtree(out)
-    made_of = (case.model or ("llama",))[0] if name in MODELS else "a folder of datasets"
+    shutil.rmtree(own)
+    made_of = f"{(case.model or ['llama'])[0]}, random weights" if name in MODELS else "a folder of datasets"
     made_of = made_of if callable(case.files) or not case.files else ", ".join([*case.files][:3])
     made_of += "".join(f" {key}={value}" for key, value in case.variables.items())
     print(f"{outcome:8}{name}: {what}", file=sys.stderr, flush=True)
@@ -141,13 +141,15 @@ def main() -> None:
     (logs := args.output_dir / "logs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="brought-") as temporary, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(temporary)
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         save_model(folder / "base", *KINDS["Llama"])
         (folder / "rows.jsonl").write_bytes(encode("rows.jsonl", PLAIN))
         first = {"BASE_MODEL": folder / "base", "DATASET": folder / "rows.jsonl", "VALIDATION_ROWS": 4}
         status, output = make(folder / "first", ["download"], logs / "first.log", **first)
         if status:
             sys.exit(f"error: make download fails, as {logs / 'first.log'} has it: {find_message(output)}")
-        done = list(pool.map(lambda each: try_case(*each, folder, logs), cases.items()))
+        numbered = enumerate(cases.items())
+        done = list(pool.map(lambda each: try_case(each[0], *each[1], folder, logs), numbered))
     text = format_table(done)
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
     (args.output_dir / "table.json").write_text(json.dumps(done, indent=1, ensure_ascii=False), encoding="utf-8")

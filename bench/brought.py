@@ -97,6 +97,7 @@ def encode(name: str, content) -> bytes:
 
 def write_data(case: Case, folder: Path) -> Path:
     """Writes what was brought; returns what DATASET is: the folder, or the one file in it."""
+    folder.mkdir(parents=True, exist_ok=True)
     if callable(case.files):
         case.files(folder)
         return folder
