@@ -51,16 +51,16 @@ other_out := $(if $(filter-out outputs,$(OUT)), OUT=$(OUT))
 STEP := $(PY) scripts/chain/run_step.py
 # A recipe by its name in env/recipes/, or a .yaml file; none: the scripts' own defaults, which are the tutorial's. Where
 # there is a MODEL-NAME.yaml for this base model, it is taken for NAME; where there is a NAME-full.yaml beside NAME.yaml,
-# it is for train-full. fast: what would be taken without RECIPE. It, throughput and qlora get settings of this machine.
-fast := $(or $(filter fast throughput,$(RECIPE)),$(if $(filter embedded,$(BASE_MODEL)),,$(filter qlora,$(RECIPE))))
+# it is for train-full. fast: what would be taken without RECIPE. It and those named here get settings of this machine.
+fast := $(or $(filter fast throughput qwen3 smollm3 gemma3,$(RECIPE)),$(if $(filter embedded,$(BASE_MODEL)),,$(filter qlora,$(RECIPE))))
 recipe_name := $(if $(filter fast,$(RECIPE)),$(filter embedded,$(BASE_MODEL)),$(RECIPE))
 recipe_lora := $(if $(recipe_name),$(if $(filter %.yaml,$(recipe_name)),$(recipe_name),$(or \
 	$(wildcard env/recipes/$(BASE_MODEL)-$(recipe_name).yaml),env/recipes/$(recipe_name).yaml)))
 $(if $(filter-out $(wildcard $(recipe_lora)),$(recipe_lora)),$(error there is no $(recipe_lora). Type RECIPE= with one of: \
 	fast $(patsubst env/recipes/%.yaml,%,$(wildcard env/recipes/*.yaml)), a .yaml file, or nothing))
 recipe_full := $(or $(wildcard $(recipe_lora:.yaml=-full.yaml)),$(recipe_lora))
-$(if $(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell grep -E '^load_in_[48]bit: *true' $(recipe_full))),$(error \
-	$(recipe_full) quantizes the weights, and train-full trains them. Type: make train-lora RECIPE=$(RECIPE)$(other_out), or take another RECIPE))
+$(if $(and $(recipe_full),$(filter train-full tutorial,$(MAKECMDGOALS)),$(shell grep -E '^(load_in_[48]bit|use_peft): *true' $(recipe_full))),$(error \
+	$(recipe_full) is for LoRA, or quantizes the weights that train-full trains. Type: make train-lora RECIPE=$(RECIPE)$(other_out), or take another RECIPE))
 
 # What is made again ---------------------------------------------------------------------------------------------------
 # Each result has a note of what it was made of: script, settings, and what is in its inputs. Its recipe always runs, and

@@ -372,6 +372,7 @@ def test_the_full_training_has_a_recipe_of_its_own_where_there_is_one(project):
         ("embedded", "qlora", "embedded-qlora"),
         ("org/name", "qlora", "qlora"),
         ("../org/*", "qlora", "qlora"),
+        ("org/name", "gemma3", "gemma3"),
         ("embedded", "throughput", "embedded-throughput"),
         ("org/name", "throughput", "throughput"),
     ],
@@ -605,7 +606,8 @@ def test_env_example_is_the_tutorial_without_a_recipe(project):
     [
         (["infer", "FROM=nowhere"], "FROM=nowhere is unknown"),
         (["train-lora", "RECIPE=nowhere"], "there is no env/recipes/nowhere.yaml"),
-        (["train-full", "RECIPE=qlora"], "env/recipes/embedded-qlora.yaml quantizes the weights"),
+        (["train-full", "RECIPE=qlora"], "env/recipes/embedded-qlora.yaml is for LoRA, or quantizes the weights"),
+        (["train-full", "RECIPE=qwen3", "BASE_MODEL=org/name"], "Type: make train-lora RECIPE=qwen3, or take another"),
         (["tutorial", "RECIPE=qlora", "BASE_MODEL=org/name"], "Type: make train-lora RECIPE=qlora, or"),
         (["help", "OUT=a b"], "without spaces"),
         (["clean", "OUT=."], "OUT not this folder itself"),

@@ -47,7 +47,11 @@ CUT = "lose their end and its EOS to --max_length {}: {}"
 CUT_TEXT = CUT + ", and --packing true --packing_strategy bfd_split learns all parts of long ones"
 PROMPT = "are asked with other tokens than those before their answer in the training: let the chat template write both "
 PROMPT += "alike, and end neither its beginning of an answer nor a prompt with a blank"
-WARNED = {ENDS_ASKING, FOREIGN, NO_BOS, PROMPT}  # these never stop a training, and CUT_TEXT
+EARLIER = (
+    "have answers that the chat template writes otherwise once a question follows, such as without reasoning, and "
+)
+EARLIER += "both forms are learned: make each answer a row of its own, prompt and completion"
+WARNED = {ENDS_ASKING, FOREIGN, NO_BOS, PROMPT, EARLIER}  # these never stop a training, and CUT_TEXT
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
 REFUSED = {
@@ -220,6 +224,19 @@ def look_at_prompts(rows: Dataset, tokenized: Dataset, tokenizer, most: int = 10
     return numbers
 
 
+def look_at_earlier_answers(rows: Dataset, tokenizer, most: int = 1000) -> list[int]:
+    """Numbers of the first rows of messages whose first answer is written otherwise where the conversation goes on."""
+    numbers = []
+    for number, row in enumerate(rows.select(range(min(most, len(rows)))), 1):
+        turns = list_turns(row) if "messages" in row else []
+        places = [place for place, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
+        with contextlib.suppress(Exception):  # a template may not take a conversation that is cut
+            write = functools.partial(tokenizer.apply_chat_template, tools=read_tools(row), tokenize=False)
+            if len(places) > 1 and not write(turns).startswith(write(turns[: places[0]])):
+                numbers.append(number)
+    return numbers
+
+
 def report_problems(problems: dict[str, list[int]], rows: int, kind: str = "") -> None:
     """Warns of what is wrong with few rows, or with held-out ones; stops where it is with many, or where no row keeps
     its end."""
@@ -318,6 +335,8 @@ def main() -> None:
         print("goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
     if differ := look_at_prompts(rows, trainer.train_dataset, tokenizer):
         problems[PROMPT] = differ
+    if differ := look_at_earlier_answers(rows, tokenizer):
+        problems[EARLIER] = differ
     problems |= of_tokens
     for each in (problems, held_out_problems):
         if any("in the labels" in what for what in each):  # which says what to do

@@ -46,7 +46,7 @@ def has_bf16() -> bool:
 def choose(method: str, recipe: dict) -> dict[str, tuple]:
     """Settings of this machine: name, value and reason."""
     gpu, chosen = torch.cuda.is_available(), {}
-    if not has_bf16() and recipe.get("load_in_4bit"):
+    if not has_bf16() and (recipe.get("bf16") or recipe.get("load_in_4bit")):
         reason = "the hardware does not multiply in bfloat16"
         chosen = {"bf16": (False, reason), "dtype": ("float32", reason)}
     elif has_bf16():
