@@ -193,7 +193,7 @@ bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generatio
 bench-growth: $(call result,base-model) | $(ready) ## measure how time and memory grow with rows and length
 bench-steps bench-growth:
 	$(PY) bench/$(if $(filter %-steps,$@),step_speed,growth).py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
-try-all: | $(VENV)/installed ## take 70 forms of data and 50 models that people bring through all steps, and print what came of each (an hour)
+try-all: | $(VENV)/installed ## take forms of data and models that people bring through all steps, and print what came of each, in an hour or two
 	@$(PY) bench/bring_your_own.py --output_dir $(OUT)/bench/own $(ARGS)
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
