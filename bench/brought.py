@@ -220,7 +220,7 @@ FORMS = {
     "messages of a user alone": wrong([{"messages": chat[:1]} for chat in turns("role", "content")], "answer"),
     "rows with images": wrong(rows("prompt", "completion", images=["sky.png"]), "image"),
     "a line that is cut off": wrong(encode(".jsonl", PLAIN)[:-40], "line 24"),
-    "xlsx": wrong(b"PK\x03\x04\x14\x00\x06\x00" + bytes(99), "csv", "rows.xlsx"),
+    "xlsx": wrong(b"PK\x03\x04\x14\x00\x06\x00" + bytes(99), "(?i)excel|spreadsheet|save it as|export", "rows.xlsx"),
     "an empty file": wrong(b"", "empty|no row", "rows.jsonl"),
 }  # fmt: skip
 
