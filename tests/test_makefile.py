@@ -286,20 +286,14 @@ def test_settings_reach_the_commands(trained):
     trained.make("train-lora", "DATASET=other.jsonl", "VALIDATION_ROWS=9", "RECIPE=")
     assert trained.steps() == ["read_rows", *AUDIT, *LORA]
     assert "--dataset_name=other.jsonl --validation_rows=9" in trained.commands()[0]
-    given = [
-        "DATASET_CONFIG=main",
-        "DATASET_SPLIT=train_sft",
-        "DATASET_TEST_SPLIT=test_sft",
-        "COLUMNS=a b:prompt",
-        "ROWS=9",
-    ]
+    given = ["DATASET_CONFIG=main", "DATASET_SPLIT=train_sft", "DATASET_TEST_SPLIT=test_sft", "ROWS=9"]
     options = "--dataset_config=main --dataset_train_split=train_sft --dataset_test_split=test_sft --rows=9"
-    trained.make("download", *given)
+    trained.make("download", *given, "COLUMNS=a b:prompt")
     assert f"{options} --columns=a b:prompt" in trained.commands()[-1]
-    trained.make("download", *given)
+    trained.make("download", *given, "COLUMNS=a b:prompt")
     assert not trained.steps()  # the same again
     for columns in ("80", "c:text"):  # the first is the width of a terminal
-        trained.make("download", *given[:-1], COLUMNS=columns)
+        trained.make("download", *given, COLUMNS=columns)
         assert ("--columns=c:text" in trained.commands()[-1]) == (columns == "c:text")
     assert "--config" not in " ".join(trained.commands())
 
