@@ -204,12 +204,14 @@ def test_targets_are_chosen_where_none_are_known_or_not_all_are_taken(name, targ
 
 def test_a_router_that_is_no_layer_for_lora_and_has_no_loss_is_left_out(capsys):
     options = fit("Llama 4")
-    assert options[:3] == [*NO_ROUTER, "--lora_target_modules"] and "router" not in options[3:]
+    dense = ["down_proj", "gate_proj", *ATTENTION[:3], "up_proj", "v_proj"]
+    assert options == [*NO_ROUTER, "--lora_target_modules", *dense]
     assert "TRL cannot compute the loss of a router of llama4_text" in capsys.readouterr().out
     assert fit("Granite-MoE", lora_target_modules=["q_proj", "v_proj"]) == NO_ROUTER
 
 
-def test_experts_are_among_all_linear_layers_where_peft_adds_them(capsys):
+def test_experts_are_among_all_linear_layers_where_peft_adds_them_if_these_are_asked_for(capsys):
+    assert fit("OLMoE", dropout=0) == ["--lora_target_modules", *ATTENTION] and EXPERTS in capsys.readouterr().out
     assert fit("Mixtral", dropout=0, lora_target_modules=["all-linear"]) == [] and capsys.readouterr().out == ""
 
 
@@ -246,3 +248,10 @@ def test_the_options_that_a_model_needs_stand_after_those_that_were_typed(tmp_pa
         audit, predict, train = [line for line in project.commands() if "audit" in line or "_train_" in line]
         assert audit.endswith("--max_length 99") and ("--use_peft false" in audit) == (method == "full")
         assert predict.endswith("--max_length 99 --max_length 8") and train.endswith("--max_length 99 --max_length 8")
+
+
+def test_no_memory_is_predicted_of_weights_that_are_quantized_already():
+    config = AutoConfig.for_model("llama").to_dict()
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    unknown_to = load("chain/memory.py").unknown_to
+    assert (unknown_to(config, []), unknown_to(quantized, [])) == ("", "its weights are quantized already")
