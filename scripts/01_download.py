@@ -175,9 +175,9 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, allow_abbrev=False).parse_args_into_dataclasses()
-    model = ("model", args.model_name_or_path, "base-model", fetch_model)
-    steps = (model, ("dataset", args.dataset_name, "dataset", fetch_dataset))
-    for kind, name, place, fetch in (step for step in steps if args.only in (step[0], "both")):
+    model = "model", args.model_name_or_path, "base-model", fetch_model
+    dataset = "dataset", args.dataset_name, "dataset", fetch_dataset
+    for kind, name, place, fetch in (step for step in (model, dataset) if args.only in (step[0], "both")):
         (folder := Path(args.output_dir, place if args.only == "both" else "")).mkdir(parents=True, exist_ok=True)
         if {path.name for path in folder.iterdir()} - {"step.json"}:  # which says what is under way
             sys.exit(f"error: {folder} is not empty. Empty it, or give another --output_dir.")

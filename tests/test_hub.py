@@ -689,3 +689,12 @@ def test_a_name_a_revision_or_a_token_that_a_hub_does_not_take_is_answered_by_wh
     for (lines, said, _), result in zip(cases, wait(*(begin for *_, begin in cases)), strict=True):
         check_error(result, *said, lines=lines)
         assert TOKEN not in result.stdout + result.stderr
+
+
+def test_a_mirror_and_a_cache_may_stand_in_env(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.delenv("HF_HOME")
+    (tmp_path / ".env").write_text(f"HF_ENDPOINT={hub.environment['HF_ENDPOINT']}\nHF_HOME={tmp_path}/cache\n")
+    result = run(RUNNER, "dataset", "--", READER, "--dataset_name", "org/rows", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert [*(tmp_path / "cache").glob("hub/datasets--org--rows/snapshots/*/data/*.jsonl")]

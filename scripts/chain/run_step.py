@@ -68,7 +68,7 @@ def make_guard(callback_class: type, folder: Path, sealer: ThreadPoolExecutor) -
             if count * size + result > (free := shutil.disk_usage(folder).free):
                 needed = f"{count} checkpoints of {size / 1e9:.2f} GB and a result of {result / 1e9:.2f} GB"
                 advice = "Make room, take another folder (OUT), or save fewer: --save_total_limit 1, --save_strategy no"
-                fail(f"{needed} do not fit into the {free / 1e9:.2f} GB free in {args.output_dir}.\n{advice}")
+                fail(f"{needed} do not fit into the {free / 1e9:.2f} GB that are free in {args.output_dir}.\n{advice}")
 
         def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
             self.ended = False
