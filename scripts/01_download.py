@@ -184,11 +184,11 @@ def main() -> None:
         try:
             record = json.dumps({place.replace("-", "_"): fetch(name, args, folder)}, indent=2) + "\n"
             (folder / "run.json").write_text(record, encoding="utf-8")
-        except errors.GatedRepoError:
-            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-            token = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
-            sys.exit(f"error: {name} is gated. Three steps: ask for access at {page}, {token}.")
         except Exception as error:  # each hub and each reader raises its own kind
+            if isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error):
+                page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+                token = "make a token at https://huggingface.co/settings/tokens, put HF_TOKEN=<token> into .env"
+                sys.exit(f"error: {name} is gated. Three steps: ask for access at {page}, {token}.")
             if type(error) is OSError:  # such as a full disk
                 raise
             reason = " ".join(" ".join({str(error): 0, str(error.__cause__ or ""): 0}).split())[:400] or "it is empty"

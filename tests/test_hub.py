@@ -103,7 +103,8 @@ class Hub:
         if repository is None:
             said = {"X-Error-Code": "RepoNotFound", "Content-Type": "application/json"}
             return self.send(request, 404 if known else 401, said, b'{"error": "Invalid username or password."}')
-        if "gated" in name and what in ("auth-check", "resolve", "file"):  # what is there everyone may see
+        card = path == "README.md" and repository.get(revision, ("", {}))[1].get(path)
+        if "gated" in name and what in ("auth-check", "resolve", "file") and not card:  # what is there everyone may see
             said = {"X-Error-Code": "GatedRepo", "X-Error-Message": "You are not in the authorized list."}
             return self.send(request, 403 if known else 401, said)
         if what == "auth-check":
@@ -210,9 +211,9 @@ def hub(tiny_model, question_rows, tmp_path_factory):
     rows = {
         f"data/{key}-00000-of-00001.jsonl": (question_rows / f"{name}.jsonl").read_bytes() for key, name in rows.items()
     }
-    for name in ("org/rows", "org/gated-rows"):
-        hub.add(name, rows, kind="datasets")
-    hub.add("org/gated", versions[0])
+    hub.add("org/rows", rows, kind="datasets")
+    hub.add("org/gated-rows", rows | {"README.md": b"what this is"}, kind="datasets")
+    hub.add("org/gated", versions[0] | {"README.md": b"what this is"})
     hub.environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}"}
     hub.cache = tmp_path_factory.mktemp("cache")
     before, Process.zygote = Process.zygote, None
