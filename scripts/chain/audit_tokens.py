@@ -195,6 +195,7 @@ def look_at_tokens(
         "tokens": kept,
         "tokens_with_loss": learned,
         "longest_row": lengths[-1],
+        "lengths_by_tenths": [lengths[tenth * (len(lengths) - 1) // 10] for tenth in range(11)],
         "rows_cut_by_max_length": cut,
         "rows_that_keep_their_end": ended,
         "share_of_tokens_cut": 1 - kept / max(sum(lengths), 1),
