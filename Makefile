@@ -121,7 +121,7 @@ $(if $(filter full,$(FROM))$(filter push,$(asking)),$(if $(call makes,$(from))$(
 endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
-.PHONY: help setup check-gpu bitsandbytes download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
+.PHONY: help setup check-gpu bitsandbytes try download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
 	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth try-all lint lock docker-run clean distclean FORCE
 .NOTPARALLEL: # one accelerator, one step at a time
 ready := $(VENV)/installed $(OUT)/check/report.json
@@ -143,6 +143,9 @@ check-gpu: | $(VENV)/installed ## check the accelerators and the packages
 bitsandbytes: | $(VENV)/installed ## build bitsandbytes where the wheel does not work, or FORCE=1
 	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
+try: | $(VENV)/installed ## say in two minutes what train-lora would do, without the weights: rows, lengths, memory, disk, time
+	@$(PY) scripts/chain/try_out.py --model_name_or_path="$$BASE_MODEL" $(asked_rows) $(call recipe,lora) $(if $(fast),--fast) \
+		--out $(OUT) --output $(OUT)/check/try.json $(ARGS)
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
 audit: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## show which tokens will be learned, and stop where the data is wrong
@@ -227,16 +230,15 @@ $(OUT)/check/report.json: FORCE | $(VENV)/installed
 	$(keep_note)
 
 # Steps ----------------------------------------------------------------------------------------------------------------
+asked_rows = --dataset_name="$$DATASET" --validation_rows="$$VALIDATION_ROWS" $${DATASET_CONFIG:+--dataset_config="$$DATASET_CONFIG"} $${DATASET_SPLIT:+--dataset_train_split="$$DATASET_SPLIT"} \
+	$${DATASET_TEST_SPLIT:+--dataset_test_split="$$DATASET_TEST_SPLIT"} $${ROWS:+--rows="$$ROWS"} $${MAPPING:+--columns="$$MAPPING"}
 sealed = $(if $(shell ls $(call quote,$(1)/SHA256SUMS) 2> /dev/null),--reads $(call quote,$(1)))
 $(OUT)/base-model/run.json: FORCE | $(ready)
 	$(unless_same)
 	$(STEP) $(@D) $(call sealed,$(BASE_MODEL)) --note $(note) -- scripts/01_download.py --only model --model_name_or_path="$$BASE_MODEL" $(call args,$(step))
-rows = $${DATASET_CONFIG:+--dataset_config="$$DATASET_CONFIG"} $${DATASET_SPLIT:+--dataset_train_split="$$DATASET_SPLIT"} \
-	$${DATASET_TEST_SPLIT:+--dataset_test_split="$$DATASET_TEST_SPLIT"} $${ROWS:+--rows="$$ROWS"} $${MAPPING:+--columns="$$MAPPING"}
 $(OUT)/dataset/run.json: FORCE | $(ready)
 	$(unless_same)
-	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py --dataset_name="$$DATASET" \
-		--validation_rows="$$VALIDATION_ROWS" $(rows) $(call args,$(step))
+	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py $(asked_rows) $(call args,$(step))
 
 # Before each training an audit with its options, which may change what is learned, and says what the model needs besides,
 # in .options; then a prediction of the memory: one that does not fit is not begun, unless FORCE=1. The recipe fast is
