@@ -109,10 +109,8 @@ def try_model(args: argparse.Namespace, settings: tuple, scratch: Path, missing:
         whole, _, reason = attempt(partial(count_parameters, config, **code))
     kind = config.architectures[0] if config and config.architectures else ""
     if (whole and kind not in ("", whole[2])) or "Unrecognized configuration" in reason:  # what 01_download.py refuses
-        whole, reason = (
-            None,
-            f"{name!r} is a {kind or 'model of another kind'}, not a causal language model. Give another",
-        )
+        whole, kind = None, kind or "model of another kind"
+        reason = f"{name!r} is a {kind}, not a causal language model. Give another"
     if whole:
         text = config.get_text_config()
         dtype = text.to_dict().get("dtype") or "float32"
