@@ -131,7 +131,7 @@ def test_what_is_wrong_is_named_and_the_rest_is_said(tiny_model, bare_model, tmp
     ("options", "said"),
     [
         (("--validation_rows", "28"), "VALIDATION_ROWS) is 28: give 0 to 27"),
-        (("--lora_target_modules", "wrong"), "model: Target modules wrong not found"),
+        (("--lora_target_modules", "wrong"), "model: --lora_target_modules: Target modules wrong not found"),
         (("--model_name_or_path", "no/such/model"), "model: there is no {}/no/such/model. Give a folder, or a hub id"),
         (("--dataset_name", "no.jsonl"), "rows: cannot read the dataset 'no.jsonl': there is no"),
     ],
@@ -152,7 +152,7 @@ def test_an_option_that_no_training_has_ends_at_once(tiny_model, question_rows, 
 @pytest.mark.parametrize("config", [BertConfig(architectures=["BertModel"]), T5Config(architectures=["T5Model"])])
 def test_a_model_of_another_kind_is_refused_by_its_config(config, tiny_model, question_rows, tmp_path, try_out):
     facts, said = try_out(make_config(tmp_path / "model", tiny_model, config), question_rows)
-    assert f"is a {config.architectures[0]}, not a causal language model. Give another" in facts["missing"][1]
+    assert f"is a {config.architectures[0]} (" in facts["missing"][1] and "Give one of text alone" in facts["missing"][1]
     assert list_heads(said) == ["rows", "lengths", "steps", "missing", "next"]
 
 

@@ -29,12 +29,14 @@ from estimate import (
     count_parameters,
     count_rows,
     count_steps,
+    download,
     fetch_light,
     measure_step,
     spell_time,
     try_disk,
     try_memory,
 )
+from fit_options import fit_options
 from folders import fail, make_parser, mask, read_json, write_json
 from predict_memory import doctor, find_memory
 from run_step import explain
@@ -106,16 +108,17 @@ def try_model(args: argparse.Namespace, settings: tuple, scratch: Path, missing:
     model, whole, adapter = {"folder": folder, "weights": sum(weights)}, None, None
     config, _, reason = attempt(partial(AutoConfig.from_pretrained, folder, **code))
     if config:
+        _, _, reason = attempt(download.check_model, folder, name, False)
+    if config and not reason:
         whole, _, reason = attempt(partial(count_parameters, config, **code))
-    kind = config.architectures[0] if config and config.architectures else ""
-    if (whole and kind not in ("", whole[2])) or "Unrecognized configuration" in reason:  # what 01_download.py refuses
-        whole, kind = None, kind or "model of another kind"
-        reason = f"{name!r} is a {kind}, not a causal language model. Give another"
     if whole:
         text = config.get_text_config()
         dtype = text.to_dict().get("dtype") or "float32"
         model |= {"config": text, "total": whole[0], "width": 2 if "16" in dtype else 4}
         show("model", f"{name}: {text.model_type}, {whole[0]:,} parameters in {dtype}")
+        model["options"], notes, reason = attempt(fit_options, name, text, model_args, training)
+        show("", notes)
+    if whole and not reason:
         adapter, _, reason = attempt(partial(count_parameters, config, model_args, **code))
     if adapter:
         model["trainable"] = adapter[0]
@@ -147,7 +150,7 @@ def try_rows(args: argparse.Namespace, folder: Path, missing: list[str]) -> dict
     if held_out >= total:
         missing.append(f"rows: VALIDATION_ROWS={held_out} of {total}. Give fewer")
     show("rows", f"{name}: {about}{total:,}{f', the first {read:,} are read here' * (read < total)}: {form}")
-    show("", *said.partition("Dataset({")[0].splitlines())
+    show("", *said.partition("train.jsonl: ")[0].splitlines())
     show("", f"held out: {f'the last {held_out:,}' if held_out else f'{own:,} of its own' if own else 'none'}")
     return {"read": read, "train": total - held_out, "about": about, "form": form}
 
@@ -157,8 +160,9 @@ def try_tokens(name: str, model: Path, data: Path, options: list, report: Path, 
     test = ["--dataset_test_split", "validation"] if (data / "validation.jsonl").is_file() else []
     options = ["--model_name_or_path", model, "--dataset_name", data, *test, *options, "--output", report]
     _, said, reason = attempt(audit_tokens.main, options=options)
-    if reason:
-        missing.append(f"rows: {reason}".replace(str(model), name).replace(str(data), "the data set"))
+    reason = reason.replace(str(model), name).replace(str(data), "the data set")
+    if reason and not any(reason in each for each in missing):
+        missing.append(f"rows: {reason}")
     table, _, row = said.partition("\nRow ")  # printed also where it refuses the rows then
     tokens = {key: json.loads(value) for key, value in re.findall(r"(?m)^(\w+) +([\d[].*)$", table)}
     if not row:
@@ -212,7 +216,8 @@ def main() -> None:
             show("steps", f"{about}{steps:,}: {rows['train']:,} rows, {epochs}, {batch} in a step")
         if "trainable" in model:
             machine = find_memory(doctor.run_probe("torch", 120).get("facts"), Path("/"))
-            facts["memory"], lines = try_memory(model, [*recipe, *options], tokens.get("longest_row"), machine, missing)
+            fitted = [*recipe, *options, *model["options"]]
+            facts["memory"], lines = try_memory(model, fitted, tokens.get("longest_row"), machine, missing)
             show("memory", *lines)
             facts["disk"], line = try_disk(model, settings, steps or 1, args, missing)
             show("disk", line)
