@@ -15,20 +15,13 @@ hash := \#
 dotenv = $(if $(wildcard .env),$(shell sed -n -E "1s/^\xEF\xBB\xBF//; s/^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=//p" .env \
 	| tail -n 1 | sed -E -e "/^[[:space:]]*['\"]/!s/[[:space:]]+$(hash).*//" -e 's/^[[:space:]]+//; s/[[:space:]]+$$//' \
 	-e '/^"/ { s/^"(([^"\\]|\\.)*)".*/\1/; s/\\(["\\])/\1/g; b; }' -e "s/^'([^']*)'.*/\1/"))
-define setting
-ifneq ($$(origin $(1)),command line)
-override $(1) := $$(or $$(value $(1)),$$(call dotenv,$(1)),$(2))
-else
-override $(1) := $$(value $(1))
-endif
-endef
+typed = $(filter command,$(firstword $(origin $(1))))
+setting = override $(1) := $$(if $$(call typed,$(1)),$$(value $(1)),$$(or $$(value $(1)),$$(call dotenv,$(1)),$(2)))
 build_settings := COMPUTE_BACKEND BNB_ROCM_ARCH BNB_TAG BNB_SOURCE JOBS FORCE
-row_settings := DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT ROWS MAPPING
 # COLUMNS may be the width of the terminal, a mere number; its name belongs to the shells of the commands.
-override MAPPING := $(if $(findstring command,$(origin COLUMNS)),$(value COLUMNS),$(or $(if $(findstring :,$(value COLUMNS)),$(value COLUMNS)),$(call dotenv,COLUMNS)))
-unexport COLUMNS
+override MAPPING := $(or $(if $(call typed,COLUMNS)$(findstring :,$(value COLUMNS)),$(value COLUMNS)),$(if $(call typed,COLUMNS),,$(call dotenv,COLUMNS)))
 $(foreach name,OUT-outputs BASE_MODEL-embedded DATASET-data VALIDATION_ROWS-0 FROM-adapter VENV-.venv ARGS REPO RESTART RUN DEVICE PRICE \
-	$(build_settings) $(filter-out MAPPING,$(row_settings)),\
+	DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT ROWS $(build_settings),\
 	$(eval $(call setting,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
 $(eval $(call setting,PROMPT,What is a large language model?))
 $(eval $(call setting,RECIPE,$(if $(filter embedded,$(BASE_MODEL)),embedded)))
@@ -37,13 +30,12 @@ kept = $(patsubst $(1)=%,%,$(filter $(1)=%,$(or $(file <$(VENV)/installed),$(fil
 $(foreach name,BACKEND TORCH_INDEX TORCH_VERSION PYTHON,$(eval $(call setting,$(name),$(call kept,$(name)))))
 override BACKEND := $(or $(BACKEND),auto)
 override PYTHON := $(or $(PYTHON),python3)
-# These stand in commands as they are.
 special = $(strip $(foreach mark,; & | < > ( ) { } [ ] * ? ! ~ ' " ` $$ $(hash) \ : %,$(findstring $(mark),$(1))))
 $(if $(call special,$(RECIPE)$(FROM)),$(error RECIPE=$(RECIPE) or FROM=$(FROM) has marks that mean something to a shell. Take others))
 $(if $(filter-out 1 1,$(words $(OUT)) $(words $(VENV)))$(call special,$(OUT)$(VENV))$(filter . ./,$(OUT)),$(error OUT=$(OUT) and VENV=$(VENV) \
 	must each be a path without spaces and without marks that mean something to a shell, and OUT not this folder itself))
 $(if $(findstring hub_token,$(subst -,_,$(ARGS))),$(error ARGS has a token, which would be shown and kept. Leave it out, and put HF_TOKEN=<token> into .env))
-export RUN DEVICE PRICE BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings) $(row_settings)
+export RUN DEVICE PRICE BASE_MODEL DATASET PROMPT VALIDATION_ROWS REPO BACKEND PYTHON VENV TORCH_INDEX TORCH_VERSION $(build_settings) DATASET_CONFIG DATASET_SPLIT DATASET_TEST_SPLIT ROWS MAPPING
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 PY := $(VENV)/bin/python
@@ -73,7 +65,7 @@ script = $(wildcard scripts/*_train_$(1).py)
 training = $(if $(fast),fast $(call sums,scripts/chain/choose_fast.py)) $(call sums,$(script) $(recipe_$(1)) $(filter %.jinja %.j2,$(subst =, ,$(call args,$(1))) $(shell cat $(recipe_$(1)) /dev/null))) $(call inside,base-model dataset)
 made_check = $(call sums,scripts/00_check_gpu.py) $(shell stat -c %y $(VENV)/installed 2> /dev/null)
 made_base-model = $(call given,$(BASE_MODEL)) $(call sums,scripts/01_download.py)
-made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(foreach name,$(row_settings),$($(name))) $(call sums,scripts/01_download.py scripts/chain/read_rows.py scripts/chain/find_rows.py)
+made_dataset = $(call given,$(DATASET)) $(VALIDATION_ROWS) $(DATASET_CONFIG) $(DATASET_SPLIT) $(DATASET_TEST_SPLIT) $(ROWS) $(MAPPING) $(call sums,scripts/01_download.py scripts/chain/read_rows.py scripts/chain/find_rows.py)
 made_lora = $(call training,lora)
 made_full = $(call training,full)
 made_merged = $(call sums,scripts/04_merge_adapter.py) $(call inside,lora)
@@ -122,7 +114,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes try download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth try-all lint lock docker-run clean distclean FORCE
+	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
 .NOTPARALLEL: # one accelerator, one step at a time
 ready := $(VENV)/installed $(OUT)/check/report.json
 
@@ -131,8 +123,7 @@ help: ## this list
 	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables (README), on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$$BASE_MODEL DATASET=$$DATASET VALIDATION_ROWS=$$VALIDATION_ROWS RECIPE=$(RECIPE) FROM=$(FROM) ARGS= RESTART="
-	echo "  COLUMNS=$$MAPPING DATASET_CONFIG=$$DATASET_CONFIG DATASET_SPLIT=$$DATASET_SPLIT DATASET_TEST_SPLIT=$$DATASET_TEST_SPLIT ROWS=$$ROWS"
-	echo "  REPO=$$REPO RUN=$$RUN DEVICE=$$DEVICE PRICE=$$PRICE PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
+	echo "  COLUMNS=$$MAPPING DATASET_CONFIG=$$DATASET_CONFIG DATASET_SPLIT=$$DATASET_SPLIT DATASET_TEST_SPLIT=$$DATASET_TEST_SPLIT ROWS=$$ROWS REPO=$$REPO RUN=$$RUN DEVICE=$$DEVICE PRICE=$$PRICE PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
 
 setup: $(VENV)/installed ## make the Python environment (BACKEND=auto|cpu|cuda|rocm|preinstalled)
 	@echo "$(VENV) is up to date"
@@ -144,8 +135,7 @@ bitsandbytes: | $(VENV)/installed ## build bitsandbytes where the wheel does not
 	@PYTHON=$(PY) bash env/build_bitsandbytes.sh
 
 try: | $(VENV)/installed ## say in two minutes what train-lora would do, without the weights: rows, lengths, memory, disk, time
-	@$(PY) scripts/chain/try_out.py --model_name_or_path="$$BASE_MODEL" $(asked_rows) $(call recipe,lora) $(if $(fast),--fast) \
-		--out $(OUT) --output $(OUT)/check/try.json $(ARGS)
+	@$(PY) scripts/chain/try_out.py --model_name_or_path="$$BASE_MODEL" $(asked_rows) $(call recipe,lora) $(if $(fast),--fast) --out $(OUT) --output $(OUT)/check/try.json $(ARGS)
 download: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## fetch base model and data set
 	@echo "$(OUT)/base-model and $(OUT)/dataset are up to date"
 audit: $(OUT)/base-model/run.json $(OUT)/dataset/run.json ## show which tokens will be learned, and stop where the data is wrong
@@ -157,8 +147,7 @@ reproduce: | $(VENV)/installed ## train again from RUN=.../run.json alone, in an
 	mapfile -t of < $(OUT)/reproduce.txt
 	again() { $(MAKE) --no-print-directory OUT=$(OUT) RECIPE=$(OUT)/reproduce.yaml BASE_MODEL="$${of[1]}" DATASET="$${of[2]}" \
 		VALIDATION_ROWS="$${of[3]}" "$${of[@]:6}" RESTART= "$$@"; }
-	again download ARGS="$${of[4]}"
-	again "$${of[0]}" ARGS=
+	again download ARGS="$${of[4]}"; again "$${of[0]}" ARGS=
 	$(PY) scripts/chain/reproduce_run.py "$$RUN" --compare $(OUT)/$${of[5]}/run.json
 compare: $(OUT)/report/comparison.json ## set the two trainings side by side
 	@cat $(OUT)/report/comparison.md
@@ -196,8 +185,6 @@ bench-steps: $(call result,base-model) | $(ready) ## measure start-up, generatio
 bench-growth: $(call result,base-model) | $(ready) ## measure how time and memory grow with rows and length
 bench-steps bench-growth:
 	$(PY) bench/$(if $(filter %-steps,$@),step_speed,growth).py --model $(OUT)/base-model --output_dir $(OUT)/bench $(ARGS)
-try-all: | $(VENV)/installed ## take forms of data and models that people bring through all steps, and print what came of each, in an hour or two
-	@$(PY) bench/bring_your_own.py --output_dir $(OUT)/bench/own $(ARGS)
 lint: $(VENV)/tested ## check the style of the code
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 lock: ## pin the packages anew for each backend, after a change of env/requirements*.txt
@@ -240,10 +227,9 @@ $(OUT)/dataset/run.json: FORCE | $(ready)
 	$(unless_same)
 	$(STEP) $(@D) $(call sealed,$(DATASET)) --note $(note) -- scripts/chain/read_rows.py $(asked_rows) $(call args,$(step))
 
-# Before each training an audit with its options, which may change what is learned, and says what the model needs besides,
-# in .options; then a prediction of the memory: one that does not fit is not begun, unless FORCE=1. The recipe fast is
-# written then, with settings that take less memory where it does not fit; for a training that was interrupted it stays.
-# The training takes the place of the shell, to get the signals.
+# Before each training an audit with its options, which writes into .options what the model needs besides, and a prediction
+# of the memory: one that does not fit is not begun, unless FORCE=1. The recipe fast is written then, with settings that take
+# less where it does not fit; for a training that was interrupted it stays. The training replaces the shell, to get the signals.
 data = --model_name_or_path $(OUT)/base-model --dataset_name $(OUT)/dataset \
 	$$([ ! -e $(OUT)/dataset/validation.jsonl ] || echo --dataset_test_split validation)
 recipe = $(addprefix --config ,$(recipe_$(1)))

@@ -1,4 +1,4 @@
-"""make try-all without its trainings: what is tried, what is written for it, and how an outcome is judged."""
+"""bring_your_own.py without its trainings: what is tried, what is written for it, and how an outcome is judged."""
 
 import json
 import sys

@@ -47,10 +47,8 @@ CUT = "lose their end and its EOS to --max_length {}: {}"
 CUT_TEXT = CUT + ", and --packing true --packing_strategy bfd_split learns all parts of long ones"
 PROMPT = "are asked with other tokens than those before their answer in the training: let the chat template write both "
 PROMPT += "alike, and end neither its beginning of an answer nor a prompt with a blank"
-EARLIER = (
-    "have answers that the chat template writes otherwise once a question follows, such as without reasoning, and "
-)
-EARLIER += "both forms are learned: make each answer a row of its own, prompt and completion"
+EARLIER = "have answers that the chat template writes otherwise once a question follows, such as without reasoning: "
+EARLIER += "both forms are learned, unless each answer is a row of its own, prompt and completion"
 WARNED = {ENDS_ASKING, FOREIGN, NO_BOS, PROMPT, EARLIER}  # these never stop a training, and CUT_TEXT
 POSITIVE = ("learning_rate", "num_train_epochs", "max_length", "save_steps", "gradient_accumulation_steps")
 POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -274,10 +272,9 @@ def check_model(trainer: SFTTrainer, name: str, text, args: SFTConfig) -> None:
 def measure_padding(trainer: SFTTrainer, part: slice) -> float:
     """Share of padding in the batches of the first epoch, whose rows are cut as the training cuts them."""
     lengths = [len(range(len(ids))[part]) for ids in trainer.train_dataset["input_ids"]]
-    multiple = trainer.args.pad_to_multiple_of or 1
     batches = [[lengths[row] for row in batch] for batch in trainer.get_train_dataloader().batch_sampler]
-    padded = sum(-(-max(batch) // multiple) * multiple * len(batch) for batch in batches)
-    return 1 - sum(map(sum, batches)) / max(padded, 1)
+    multiple = trainer.args.pad_to_multiple_of or 1
+    return 1 - sum(lengths) / max(sum(-(-max(batch) // multiple) * multiple * len(batch) for batch in batches), 1)
 
 
 def show_row(row: dict, tokenizer) -> str:
