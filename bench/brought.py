@@ -316,7 +316,7 @@ def not_causal(kind: str, architecture: str, says: str) -> Case:
 
         AutoConfig.for_model(kind, architectures=[architecture]).save_pretrained(folder)
 
-    return Case(says=says, refused=True, change=change)  # fmt: skip
+    return Case(says=says, refused=True, change=change)
 
 
 def quantized(method: str, **settings) -> Case:
