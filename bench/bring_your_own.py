@@ -112,9 +112,10 @@ def try_case(number: int, name: str, case: Case, folder: Path, logs: Path) -> di
     given = {"BASE_MODEL": base, "DATASET": data, "RECIPE": recipe, "VALIDATION_ROWS": 4, "PROMPT": "What is LoRA?"}
     status, output = make(out, TARGETS, log, **(given | case.variables))
     outcome, what = judge(case, status, output, look_at(out))
+    what = what.replace(f"{own}/", "").replace(f"{folder}/", "")
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
+    made_of = kind if name in MODELS else "a folder" if callable(case.files) else ", ".join([*case.files][:3])
     shutil.rmtree(own)
-    made_of = f"{(case.model or ['llama'])[0]}, random weights" if name in MODELS else "a folder of datasets"
-    made_of = made_of if callable(case.files) or not case.files else ", ".join([*case.files][:3])
     made_of += "".join(f" {key}={value}" for key, value in case.variables.items())
     print(f"{outcome:8}{name}: {what}", file=sys.stderr, flush=True)
     return dict(zip(COLUMNS, (name, made_of, outcome, what, round(time.perf_counter() - begin)), strict=True))
