@@ -71,8 +71,8 @@ def describe(kind: str, name: str, revision: str) -> dict:
             origin["revision"] = HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
         except errors.RevisionNotFoundError:
             refs = HfApi().list_repo_refs(name, repo_type=kind)
-            known = ", ".join(each.name for each in [*refs.branches, *refs.tags])
-            sys.exit(f"error: {name!r} has no {revision!r}, but {known}. Give one: --{kind}_revision (make: ARGS=)")
+            refs = ", ".join(each.name for each in refs.branches + refs.tags)
+            raise SystemExit(f"error: {name!r} has no {revision!r}, but {refs}. Give one: --{kind}_revision") from None
     return origin | {"license": (metadata_load(card) or {}).get("license") if card.is_file() else None}
 
 

@@ -608,12 +608,10 @@ def test_without_a_hub_a_cache_does_that_has_what_is_asked_for(hub, tmp_path):
         assert origin["license"] == ("mit" if revision == "main" else None)
         for place in ("offline", "gone")[: 1 + (revision == "main")]:
             assert read_origin(kind, tmp_path / f"{place}-{revision}") == origin
-    rows = (
-        hub.cache / "datasets/org___offline/default/0.0.0" / read_origin("dataset", tmp_path / "online-v1")["revision"]
-    )
-    shutil.rmtree(rows)
+    commit = read_origin("dataset", tmp_path / "online-v1")["revision"]
+    shutil.rmtree(hub.cache / f"hub/datasets--org--offline/snapshots/{commit}")
     (result,) = wait(fetch("dataset", "org/offline", tmp_path / "other", "--dataset_revision", "v1", code=OFFLINE))
-    check_error(result, f"not of {rows.name}. Go online once")
+    check_error(result, "'org/offline'", "type the same command online, without HF_HUB_OFFLINE=1", lines=2)
 
 
 def test_without_a_hub_what_is_in_no_cache_is_named(hub, tmp_path):
@@ -673,7 +671,7 @@ def test_a_name_a_revision_or_a_token_that_a_hub_does_not_take_is_answered_by_wh
     cases = []
     for kind, name in BOTH.items():
         revision = f"--{kind}_revision"
-        said = [f"{name!r} has no 'v9', but main, v1.", f"(make: ARGS='{revision} main')"]
+        said = [f"{name!r} has no 'v9', but main, v1.", f"Give one: {revision}"]
         cases.append((1, said, fetch(kind, name, tmp_path / "revision", revision, "v9")))
         said = ["Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."]
         cases.append((2, said, fetch(kind, "org/absent", tmp_path / "absent")))
@@ -683,10 +681,10 @@ def test_a_name_a_revision_or_a_token_that_a_hub_does_not_take_is_answered_by_wh
         ]
         code = f"import os; os.environ['HF_TOKEN'] = '{token}'"
         cases.append((2, said, fetch(kind, f"{name}-unseen", tmp_path / "token", code=code)))
-    said = ['ARGS="--dataset_revision refs/convert/parquet"', "found script.py"]
-    cases.append((2, said, fetch("dataset", "org/script", tmp_path / "script")))
-    said = ["'main', 'socratic'", "DATASET_CONFIG=main"]
-    cases.append((2, said, fetch("dataset", "org/configs", tmp_path / "configs")))
+    said = ['make download ARGS="--dataset_revision refs/convert/parquet"', "no file of rows, but .md, .py"]
+    cases.append((1, said, fetch("dataset", "org/script", tmp_path / "script")))
+    said = ["has the configs main, socratic. Name one: --dataset_config (make: DATASET_CONFIG=)"]
+    cases.append((1, said, fetch("dataset", "org/configs", tmp_path / "configs")))
     for (lines, said, _), result in zip(cases, wait(*(begin for *_, begin in cases)), strict=True):
         check_error(result, *said, lines=lines)
         assert TOKEN not in result.stdout + result.stderr

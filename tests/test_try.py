@@ -152,7 +152,9 @@ def test_an_option_that_no_training_has_ends_at_once(tiny_model, question_rows, 
 @pytest.mark.parametrize("config", [BertConfig(architectures=["BertModel"]), T5Config(architectures=["T5Model"])])
 def test_a_model_of_another_kind_is_refused_by_its_config(config, tiny_model, question_rows, tmp_path, try_out):
     facts, said = try_out(make_config(tmp_path / "model", tiny_model, config), question_rows)
-    assert f"is a {config.architectures[0]} (" in facts["missing"][1] and "Give one of text alone" in facts["missing"][1]
+    assert (
+        f"is a {config.architectures[0]} (" in facts["missing"][1] and "Give one of text alone" in facts["missing"][1]
+    )
     assert list_heads(said) == ["rows", "lengths", "steps", "missing", "next"]
 
 

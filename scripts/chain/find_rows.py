@@ -31,7 +31,7 @@ TRAIN, HELD_OUT = ("train", "training"), ("validation", "val", "valid", "dev", "
 # What stands beside rows and is none: of datasets.save_to_disk, of a repository, of a step, and what is hidden.
 OTHER = r"(^|/)([._]|cache-|(dataset_infos?|dataset_dict|state|config|package|run|step|audit)\.json$"
 OTHER += r"|(readme|license|requirements)\.txt$)"
-PARQUET = " The Hub makes Parquet files of most data sets: --dataset_revision refs/convert/parquet"
+PARQUET = ' The hub may have the rows as parquet: make download ARGS="--dataset_revision refs/convert/parquet"'
 csv.field_size_limit(sys.maxsize)
 
 

@@ -162,8 +162,6 @@ HUB = (
      "HF_TOKEN of .env, or else the token of hf auth login, is not accepted. Make a new one at "
      "https://huggingface.co/settings/tokens, or take it out: what is public needs none."),
     (r"429 Too", "The hub had too many requests. Wait some minutes, and type the same command again to go on."),
-    (r"scripts are no longer", 'The hub may have the rows as parquet: ARGS="--dataset_revision refs/convert/parquet"'),
-    (r"onfig name is missing.*?\['([^']+)'", r"Give one of these: DATASET_CONFIG=\1 (the option: --dataset_config)."),
     (r"(sitory|set|ion)NotFound", "Check the name and the revision; if it is private, put HF_TOKEN=<token> into .env."),
     (r"OfflineMode|IncompleteSn", "Not all is in the cache: type the same command online, without HF_HUB_OFFLINE=1."),
     (r"requested files|Connect|connect|RemoteProtocol|Timeout|[Oo]ffline|resolve host|send a request|50\d Server",
