@@ -113,12 +113,15 @@ def test_a_field_may_hold_what_separates_fields(fetch, tmp_path):
 
 def test_documents_are_a_row_each_and_a_text_of_lines_a_row_a_line(fetch, tmp_path):
     write(tmp_path, {"books/a.txt": "one\n\ntwo\n", "books/b.txt": "three\n", "books/README.txt": "about"})
-    assert fetch("books")[1] == [{"text": "one\n\ntwo"}, {"text": "three"}]
+    said, train, _ = fetch("books")
+    assert train == [{"text": "one\n\ntwo"}, {"text": "three"}] and "read as texts: each file is a row" in said
 
 
 def test_texts_that_are_named_as_splits_are_lines(fetch, tmp_path):
     write(tmp_path, {"given/train.1.txt": "a\nb", "given/train.2.txt": "c", "given/test.txt": "d\n"})
-    assert fetch("given")[1:] == ([{"text": "a"}, {"text": "b"}, {"text": "c"}], [{"text": "d"}])
+    said, *found = fetch("given")
+    assert found == [[{"text": "a"}, {"text": "b"}, {"text": "c"}], [{"text": "d"}]]
+    assert "read as texts: each line is a row" in said
 
 
 @pytest.mark.parametrize(
@@ -272,6 +275,7 @@ def answer(text) -> list:
     return [{"role": "assistant", "content": text}]
 
 
+BOTH = "read as prompt and completion, both texts or both messages"
 FORMS = [
     ({"q": "q", "a": "a"}, PAIR, "read as pairs: q and a become"),
     ({"Prompt": "q", "Completion ": "a"}, PAIR, ""),
@@ -298,8 +302,8 @@ FORMS = [
         {"prompt": say("b", "c", "q", system="s"), "completion": answer("a")},
         "read as alpaca: system, history, instruction, input and output become",
     ),
-    ({"prompt": say("q"), "completion": "a"}, {"prompt": say("q"), "completion": answer("a")}, "read as pairs"),
-    ({"prompt": "q", "completion": answer("a")}, {"prompt": say("q"), "completion": answer("a")}, "read as pairs"),
+    ({"prompt": say("q"), "completion": "a"}, {"prompt": say("q"), "completion": answer("a")}, BOTH),
+    ({"prompt": "q", "completion": answer("a")}, {"prompt": say("q"), "completion": answer("a")}, BOTH),
     ({"messages": json.dumps(say("q", "a"))}, {"messages": say("q", "a")}, "read as messages, with roles"),
     (
         {"conversation": say("q", "a"), "lang": "x"},
@@ -360,7 +364,7 @@ def test_columns_of_any_name_can_be_named(columns, expected, fetch, tmp_path):
         ("frge:prompt", "there is no column 'frge', but 'frage'. Give OLD:NEW,OLD:NEW with old ones of frage, antwort"),
         ("frage:ask", "there is no 'ask' to make of 'frage'. Give OLD:NEW"),
         ("frage", "there is no column ''. Give OLD:NEW"),
-        ("frage:prompt", "questions without answers, as GRPO asks. Name them: --columns prompt:prompt,ANSWERS"),
+        ("frage:prompt", "questions without answers, as GRPO asks. Name them: --columns prompt:prompt,"),
     ],
 )
 def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(columns, said, refuse, tmp_path):
@@ -377,7 +381,11 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
         ),
         ({"prompt": "q", "completion": "a", "label": True}, "rows of answers marked good or bad, as KTO learns from"),
         ({"prompt": say("q")}, "questions without answers, as GRPO asks. Name them: --columns prompt:prompt,ANSWERS:c"),
-        ({"question": "q"}, "questions without answers"),
+        (
+            {"context": "c", "question": "q"},
+            "questions without answers, as GRPO asks. Name them: --columns question:prom",
+        ),
+        ({"question": "q", "answers": "a"}, "Name them: --columns question:prompt,answers:completion (make: COLUMNS=)"),
         ({"image": "x", "text": "a"}, "rows with images, and text alone is trained here"),
         ({"message_id": "1", "parent_id": "0", "text": "a"}, "rows of a tree of messages"),
         (

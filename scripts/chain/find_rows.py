@@ -262,5 +262,7 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
             files = {file: partial(HfFileSystem().open, f"{root}/{file}", "rb") for file in each}
         if each:
             documents = len(each) > 1 and not any(map(name_split, each))
+            if find_kind(each[0])[0] == ".txt":
+                print(f"read as texts: each {'file' if documents else 'line'} is a row")
             parts[key] = Part(files, documents, most)
     return parts

@@ -32,7 +32,8 @@ PAIRS += (("question", "response"), ("prompt", "response"), ("query", "response"
 PAIRS += (("input", "output"), ("q", "a"), ("prompt", "answer"), ("prompt", "output"), ("context", "response"))
 INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
 # Columns of conversations, and how their rows are called.
-CHATS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "chats", "contents": "Gemini"}
+CHATS = {"messages": "messages", "conversations": "ShareGPT", "contents": "Gemini"}
+CHATS |= dict.fromkeys(("conversation", "dialog", "dialogue"), "chats")
 NEW = ("text", "messages", "prompt", "completion", "system", "tools", "instruction", "input", "output")  # of --columns
 # Roles by the names that chat templates know.
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
@@ -200,12 +201,17 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
         asked = [pair[0], *(key for key in INPUTS if key in columns and key not in pair and pair != PAIRS[0])]
         used = [*system, *history, *asked, pair[1]]
         chatty = system or history or any(is_listed(first[key]) for key in pair)
-        said = f"{'alpaca' if pair == PAIRS[1] else 'pairs'}: {', '.join(used[:-1])} and {pair[1]}"
-        return f"{said} become prompt and completion", [*used, *tools], partial(add_tools, read_pair)
+        said = f"{'alpaca' if pair == PAIRS[1] else 'pairs'}: {', '.join(used[:-1])} and {pair[1]} become"
+        said = "prompt and completion, both texts or both" if pair == PAIRS[0] and not (system or history) else said
+        kinds = "messages" if said.endswith("both") else "prompt and completion"
+        return f"{said} {kinds}", [*used, *tools], partial(add_tools, read_pair)
     if "text" not in columns:
         what, give = "not text, messages, or prompt and completion", "--columns question:prompt,answer:completion"
-        if asked := [column for column in columns if column in {pair[0] for pair in PAIRS}]:
-            what, give = "questions without answers, as GRPO asks", f"--columns {asked[0]}:prompt,ANSWERS:completion"
+        if asked := [pair[0] for pair in PAIRS if pair[0] in columns]:
+            others = [column for column in columns if column != asked[0]]
+            near = [column for column in others if get_close_matches(column, [pair[1] for pair in PAIRS])]
+            give = f"--columns {asked[0]}:prompt,{(near or ['ANSWERS'])[0]}:completion"
+            what = "questions without answers, as GRPO asks"
         fail(f"{name!r} has the columns {columns}: {what}. Name them: {give} (make: COLUMNS=)")
     return "text", ["text"], lambda row: {"text": to_text(row, ["text"])}
 
@@ -281,7 +287,7 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     origin |= {key: value for key in asked if (value := vars(args)[key])}
     kinds = {split: {} for split in parts}
     for split, part in parts.items():
-        rows = convert_rows(name, part, args.columns)
+        rows = convert_rows(name if split == "train" else f"{name}, held-out rows", part, args.columns)
         rows = hold_back(rows, last, count) if count else rows
         origin[split] = write_rows(rows, folder / f"{split}.jsonl", kinds[split])
     if count:
