@@ -301,7 +301,10 @@ def test_another_end_is_named_with_the_option_that_makes_it_the_eos(audit, model
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [MESSAGES["messages"][0]]}, "1 of 1 rows have no answer of an assistant: leave them out"),
+        (
+            {"messages": [MESSAGES["messages"][0]]},
+            "1 of 1 rows have no answer of an assistant: add it, or leave them out",
+        ),
         (
             {
                 "messages": [

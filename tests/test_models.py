@@ -192,6 +192,7 @@ EXPERTS = "With them: --lora_target_parameters experts.gate_up_proj experts.down
         ("OLMoE", None, ATTENTION, EXPERTS),
         ("Qwen3-MoE", "all-linear", ATTENTION, "LoRA does not take all linear layers of qwen3_moe. Taken: k_proj"),
         ("Qwen2-MoE", "all-linear", [], EXPERTS),
+        ("Mixtral", None, ATTENTION, "PEFT knows no targets for mixtral. Taken: k_proj o_proj"),  # its own fit none
         ("Mamba", None, ["dt_proj", "in_proj", "x_proj"], "Taken: dt_proj in_proj x_proj"),
         ("Mamba 2", "all-linear", [".*in_proj"], "LoRA does not take all linear layers of mamba2. Taken: .*in_proj."),
     ],

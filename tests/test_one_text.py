@@ -665,7 +665,7 @@ def test_an_answer_that_is_no_text_is_refused_and_not_made_one(answer, tiny_mode
 
 
 OTHERS = {
-    '{"prompt": "q", "chosen": "a", "rejected": "b"}': "rows of preferences, as DPO learns from. To learn",
+    '{"prompt": "q", "chosen": "a", "rejected": "b"}': "rows of preferences, as DPO learns from. Take what",
     '{"prompt": "q", "completion": "a", "label": true}': "rows of answers marked good or bad, as KTO learns from",
     '{"messages": [{"role": "user", "content": "q"}], "images": ["x"]}': "rows with images, and text alone is",
 }

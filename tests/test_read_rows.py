@@ -161,7 +161,7 @@ def test_words_stay_words_up_to_the_training(word, fetch, tiny_model, tmp_path):
         ("rows.csv", "What is it?,It is\n" * 2, "has the columns ['What is it?', 'It is']: not text, messages, or"),
         ("latin.csv", "question,answer\nä,ö\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
         ("rows.parquet", "PAR1xx", "rows.parquet is cut off, or not what its ending says: "),
-        ("rows.xlsx", "PK", "'rows.xlsx' has no file of rows, but .xlsx. Read are .jsonl, .ndjson, .json, .csv"),
+        ("rows.xlsx", "PK", "'rows.xlsx' has no file of rows, but .xlsx. Give .jsonl, .ndjson, .json, .csv"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_with_what_to_do(name, content, said, refuse, tmp_path):
@@ -193,9 +193,9 @@ def rows(*words) -> list:
         ({"train/0.jsonl": "a", "train/1.jsonl": "b", "val/0.jsonl": "c"}, "ab", "c", "held out: val/0.jsonl"),
         ({"part1.jsonl": "a", "part2.jsonl": "b"}, "ab", "", "train on: part1.jsonl, part2.jsonl"),
         ({"mine.jsonl": "a", "test.jsonl": "b"}, "a", "b", "train on: mine.jsonl\nheld out: test.jsonl"),
-        ({"train.jsonl": "a", "mine.jsonl": "b"}, "a", "", "left out: mine.jsonl"),
-        ({"train.jsonl": "a", "test.jsonl": "b", "validation.jsonl": "c"}, "a", "c", "left out: test.jsonl"),
-        ({"train.jsonl": "a", "latest.jsonl": "b"}, "a", "", "left out: latest.jsonl"),
+        ({"train.jsonl": "a", "mine.jsonl": "b"}, "a", "", "not read: mine.jsonl"),
+        ({"train.jsonl": "a", "test.jsonl": "b", "validation.jsonl": "c"}, "a", "c", "not read: test.jsonl"),
+        ({"train.jsonl": "a", "latest.jsonl": "b"}, "a", "", "not read: latest.jsonl"),
         ({"train.jsonl": "a", "valid.csv": "text\nb\n"}, "a", "b", ""),
         ({"train.jsonl": "a", ".hidden/train.jsonl": "b", "state.json": "{}", "README.md": "A card."}, "a", "", ""),
     ],
@@ -222,7 +222,7 @@ def test_splits_of_other_names_are_asked_for(fetch, refuse, tmp_path):
     refuse("in", "no split 'train', but test_sft, train_gen, train_sft", "--dataset_train_split", "train")
     splits = ("--dataset_train_split", "train_sft", "--dataset_test_split", "test_sft")
     out, *found = fetch("in", *splits)
-    assert found == [rows("train_sft"), rows("test_sft")] and "left out: data/train_gen" in out
+    assert found == [rows("train_sft"), rows("test_sft")] and "not read: data/train_gen" in out
     record = read(tmp_path / "out/run.json")["dataset"]
     assert (record["dataset_train_split"], record["dataset_test_split"]) == ("train_sft", "test_sft")
 
@@ -252,8 +252,8 @@ def test_a_card_without_splits_and_one_config_needs_no_name(fetch, tmp_path):
         ({"train.jsonl": rows("a"), "train.csv": "text\na\n"}, "has .csv and .jsonl of one split, train.csv, train"),
         ({"test.jsonl": rows("a")}, "has no rows to train on, but test. Name one: --dataset_train_split"),
         ({"train-00001-of-00002.jsonl": rows("a")}, "has 1 of 2 files train-*-of-00002.jsonl. Fetch or write those"),
-        ({"notes.pdf": "x", "code.py": "y"}, "has no file of rows, but .pdf, .py. Read are"),
-        ({"README.md": "Nothing else."}, "has no file of rows, but .md. Read are"),
+        ({"notes.pdf": "x", "code.py": "y"}, "has no file of rows, but .pdf, .py. Give"),
+        ({"README.md": "Nothing else."}, "has no file of rows, but .md. Give"),
         (
             {"train.jsonl": [PAIR], "test.jsonl": TEXT},
             "rows to train on are read as prompt, completion, held-out ones as text",
@@ -316,6 +316,11 @@ FORMS = [
         "read as Gemini: contents become messages",
     ),
     (
+        {"contents": [{"role": "user", "parts": [{"text": "q"}]}], "systemInstruction": {"parts": [{"text": "s"}]}},
+        {"messages": say("q", system="s")},
+        "read as Gemini: contents become messages",
+    ),
+    (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"text": "r"}]}, *answer("a")]},
         {"messages": say("qr", "a")},
         "read as messages, with",
@@ -364,7 +369,10 @@ def test_columns_of_any_name_can_be_named(columns, expected, fetch, tmp_path):
         ("frge:prompt", "there is no column 'frge', but 'frage'. Give OLD:NEW,OLD:NEW with old ones of frage, antwort"),
         ("frage:ask", "there is no 'ask' to make of 'frage'. Give OLD:NEW"),
         ("frage", "there is no column ''. Give OLD:NEW"),
-        ("frage:prompt", "questions without answers, as GRPO asks. Name them: --columns prompt:prompt,"),
+        (
+            "frage:prompt",
+            "questions without answers, as GRPO asks. Add the answers, or name them: --columns prompt:prompt,",
+        ),
     ],
 )
 def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(columns, said, refuse, tmp_path):
@@ -377,20 +385,23 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
     [
         (
             {"chosen": "a", "rejected": "b"},
-            "rows of preferences, as DPO learns from. To learn what was chosen: --columns",
+            "rows of preferences, as DPO learns from. Take what was chosen: --columns",
         ),
         ({"prompt": "q", "completion": "a", "label": True}, "rows of answers marked good or bad, as KTO learns from"),
-        ({"prompt": say("q")}, "questions without answers, as GRPO asks. Name them: --columns prompt:prompt,ANSWERS:c"),
+        (
+            {"prompt": say("q")},
+            "questions without answers, as GRPO asks. Add the answers, or name them: --columns prompt:prompt,ANSWERS:c",
+        ),
         (
             {"context": "c", "question": "q"},
-            "questions without answers, as GRPO asks. Name them: --columns question:prom",
+            "questions without answers, as GRPO asks. Add the answers, or name them: --columns question:prom",
         ),
-        ({"question": "q", "answers": "a"}, "Name them: --columns question:prompt,answers:completion (make: COLUMNS=)"),
+        ({"question": "q", "answers": "a"}, "name them: --columns question:prompt,answers:completion (make: COLUMNS=)"),
         ({"image": "x", "text": "a"}, "rows with images, and text alone is trained here"),
         ({"message_id": "1", "parent_id": "0", "text": "a"}, "rows of a tree of messages"),
         (
             {"title": "t", "abstract": "a"},
-            "not text, messages, or prompt and completion. Name them: --columns question:",
+            "not text, messages, or prompt and completion; name them: --columns question:",
         ),
         ({"question": "q", "answer": {"text": ["a"]}}, "row 1: {'text': ['a']} in answer is no text"),
         ({"question": "q", "answer": 2.5}, "row 1: 2.5 in answer is no text. Put it in quotes"),
@@ -428,7 +439,8 @@ def test_a_few_empty_rows_are_left_out_and_said(fetch, tmp_path):
 
 def test_rows_can_be_cut_and_held_out(fetch, tmp_path):
     write(tmp_path, {"in/train.jsonl": rows(*"abcdef"), "in/test.jsonl": rows(*"uvwxyz"), "one.jsonl": rows(*"abcdef")})
-    assert fetch("in", "--rows", 2)[1:] == (rows("a", "b"), rows("u", "v"))
+    said, *found = fetch("in", "--rows", 2)
+    assert found == [rows("a", "b"), rows("u", "v")] and "of the train rows the first 2\n" in said
     assert read(tmp_path / "out/run.json")["dataset"]["rows"] == 2
 
 

@@ -123,7 +123,8 @@ def read_file(file: str, open_bytes: Callable[[], io.IOBase], documents: bool) -
         else:
             yield from (read_json if kind == ".json" else read_lines)(file, open_text())
     except UnicodeError as error:
-        fail(f"{file} is not in UTF-8: {error}. Write it anew; from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW")
+        save = "Save it so; what comes from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+        fail(f"{file} is not in UTF-8: {error}. {save}")
     except (pyarrow.ArrowInvalid, OSError) as error:
         if type(error) is OSError and error.errno or isinstance(error, ConnectionError):
             raise
@@ -225,7 +226,7 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     files = [file for file in all_files if find_kind(file)[0] in KINDS and not re.search(OTHER, file.lower())]
     if not files:
         others = ", ".join(sorted({find_kind(file)[0] or file for file in all_files})[:9]) or "nothing"
-        kinds = f"Read are {', '.join(KINDS)}, and these packed, such as .jsonl.gz and .jsonl.zst."
+        kinds = f"Give {', '.join(KINDS)}, or one of these packed, such as .jsonl.gz or .jsonl.zst."
         fail(f"{name!r} has no file of rows, but {others}. {kinds}{PARQUET if '.py' in others else ''}")
     splits = {"train": files} if Path(name).is_file() else group_files(name, files, card, config)
     options = {"train": "Name one: --dataset_train_split (make: DATASET_SPLIT=)"}
@@ -241,7 +242,7 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     if not chosen["train"]:
         fail(f"{name!r} has no rows to train on, but {', '.join(splits)}. {options['train']}")
     left = [file for file in files if file not in chosen["train"] + chosen["validation"]]
-    for what, each in (("train on", chosen["train"]), ("held out", chosen["validation"]), ("left out", left)):
+    for what, each in (("train on", chosen["train"]), ("held out", chosen["validation"]), ("not read", left)):
         if each and (len(files) > 1 or not Path(name).is_file()):
             print(f"{what}: {', '.join(each[:9])}{f' and {len(each) - 9} more' if len(each) > 9 else ''}")
     shards = Counter(re.sub(r"\d+(-of-\d+)", r"*\1", file) for each in chosen.values() for file in each)
@@ -262,6 +263,8 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
             files = {file: partial(HfFileSystem().open, f"{root}/{file}", "rb") for file in each}
         if each:
             documents = len(each) > 1 and not any(map(name_split, each))
+            if most:
+                print(f"of the {key} rows the first {most:,}")
             if find_kind(each[0])[0] == ".txt":
                 print(f"read as texts: each {'file' if documents else 'line'} is a row")
             parts[key] = Part(files, documents, most)

@@ -3,6 +3,8 @@
 For audit_tokens.py, which says it and writes it for Make. It is found out on the meta device, from the config alone.
 """
 
+import contextlib
+
 import torch
 from folders import fail
 from peft import LoraConfig, get_peft_model
@@ -98,10 +100,13 @@ def fit_options(name: str, config: PreTrainedConfig, model_args: ModelConfig, ar
     if share and hasattr(config, "output_router_logits") and not hasattr(config, "num_experts"):
         print(f"note: TRL cannot compute the loss of a router of {kind}: it is left out, --router_aux_loss_coef 0.")
         options += ["--router_aux_loss_coef", "0"]
-    known, targets = kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, model_args.lora_target_modules
-    given = targets or model_args.lora_target_parameters
-    if not model_args.use_peft or (known and not given):
+    targets, given = model_args.lora_target_modules, model_args.lora_target_modules or model_args.lora_target_parameters
+    if not model_args.use_peft:
         return options
+    if not given and kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        with contextlib.suppress(ValueError):  # of Mixtral's own targets PEFT finds none
+            inject(build(config), get_peft_config(model_args))
+            return options
     if not given or targets == "all-linear":
         chosen = choose_targets(config, model_args, experts=bool(given))
         model_args.lora_target_modules = chosen if len(chosen) > 1 else chosen[0]

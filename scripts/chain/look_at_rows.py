@@ -9,7 +9,7 @@ from folders import fail
 from read_rows import join_parts
 
 EMPTY = "have an empty question or answer: leave them out"
-NO_ANSWER = "have no answer of an assistant: leave them out"
+NO_ANSWER = "have no answer of an assistant: add it, or leave them out"
 ENDS_ASKING = "end with a question, which is learned like an answer: leave the last message out"
 FORMATTED = "have marks of a chat format in a message, and the chat template goes around it: take them out, or "
 FORMATTED += "join prompt and answer in one column, text"

@@ -30,7 +30,7 @@ from find_rows import Part, find_rows
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
 PAIRS += (("question", "response"), ("prompt", "response"), ("query", "response"), ("problem", "solution"))
 PAIRS += (("input", "output"), ("q", "a"), ("prompt", "answer"), ("prompt", "output"), ("context", "response"))
-INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
+INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "systeminstruction")
 # Columns of conversations, and how their rows are called.
 CHATS = {"messages": "messages", "conversations": "ShareGPT", "contents": "Gemini"}
 CHATS |= dict.fromkeys(("conversation", "dialog", "dialogue"), "chats")
@@ -43,7 +43,7 @@ ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "develo
 # Rows that are for something else, by their columns.
 IMAGES = "with images, and text alone is trained here. Give rows of text"
 OTHER = {
-    ("chosen", "rejected"): "of preferences, as DPO learns from. To learn what was chosen: --columns chosen:completion "
+    ("chosen", "rejected"): "of preferences, as DPO learns from. Take what was chosen: --columns chosen:completion "
     "(make: COLUMNS=), or chosen:messages where it is whole conversations",
     (
         "prompt",
@@ -169,7 +169,8 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
     system, history, tools = ([key for key in keys if key in columns] for keys in (SYSTEMS, ("history",), ("tools",)))
 
     def find_system(row: dict) -> str | None:
-        return next((row[key] for key in system if row.get(key)), None)
+        found = next((row[key] for key in system if row.get(key)), None)
+        return join_parts(found.get("parts")) if isinstance(found, dict) else found  # Gemini's
 
     def read_chat(row: dict) -> dict:
         return {"messages": to_messages(row.get(chat), find_system(row))}
@@ -206,13 +207,13 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
         kinds = "messages" if said.endswith("both") else "prompt and completion"
         return f"{said} {kinds}", [*used, *tools], partial(add_tools, read_pair)
     if "text" not in columns:
-        what, give = "not text, messages, or prompt and completion", "--columns question:prompt,answer:completion"
+        what, give = "not text, messages, or prompt and completion;", "--columns question:prompt,answer:completion"
         if asked := [pair[0] for pair in PAIRS if pair[0] in columns]:
             others = [column for column in columns if column != asked[0]]
             near = [column for column in others if get_close_matches(column, [pair[1] for pair in PAIRS])]
             give = f"--columns {asked[0]}:prompt,{(near or ['ANSWERS'])[0]}:completion"
-            what = "questions without answers, as GRPO asks"
-        fail(f"{name!r} has the columns {columns}: {what}. Name them: {give} (make: COLUMNS=)")
+            what = "questions without answers, as GRPO asks. Add the answers, or"
+        fail(f"{name!r} has the columns {columns}: {what} name them: {give} (make: COLUMNS=)")
     return "text", ["text"], lambda row: {"text": to_text(row, ["text"])}
 
 
