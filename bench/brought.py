@@ -220,7 +220,7 @@ FORMS = {
     "messages of a user alone": wrong([{"messages": chat[:1]} for chat in turns("role", "content")], "answer"),
     "rows with images": wrong(rows("prompt", "completion", images=["sky.png"]), "image"),
     "a line that is cut off": wrong(encode(".jsonl", PLAIN)[:-40], "line 24"),
-    "xlsx": wrong(b"PK\x03\x04\x14\x00\x06\x00" + bytes(99), "(?i)excel|spreadsheet|save it as|export", "rows.xlsx"),
+    "xlsx": wrong(b"PK\x03\x04\x14\x00\x06\x00" + bytes(99), "Save rows as", "rows.xlsx"),
     "an empty file": wrong(b"", "empty|no row", "rows.jsonl"),
 }  # fmt: skip
 
@@ -328,8 +328,8 @@ MODELS = {name: Case(model=model) for name, model in KINDS.items()} | {
     "Llama in float16": Case(change=save_as(dtype="float16")),
     "Llama in bfloat16": Case(change=save_as(dtype="bfloat16")),
     "Llama in 50 files": Case(change=save_as(max_shard_size="2KB")),
-    "GPT-2 with 128 positions": Case(
-        says="128", model=("gpt2", GPT | {"n_positions": 128}), recipe={"max_length": 512}),
+    "GPT-2 with 512 positions": Case(
+        says="places for 512", model=("gpt2", GPT | {"n_positions": 512}), recipe={"max_length": 1024}),
     "Qwen2-VL": not_causal("qwen2_vl", "Qwen2VLForConditionalGeneration", "(?i)vision|image|not a causal"),
     "LLaVA": not_causal("llava", "LlavaForConditionalGeneration", "(?i)vision|image|not a causal"),
     "T5": not_causal("t5", "T5ForConditionalGeneration", "(?i)encoder|not a causal"),

@@ -161,7 +161,7 @@ def test_words_stay_words_up_to_the_training(word, fetch, tiny_model, tmp_path):
         ("rows.csv", "What is it?,It is\n" * 2, "has the columns ['What is it?', 'It is']: not text, messages, or"),
         ("latin.csv", "question,answer\nä,ö\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
         ("rows.parquet", "PAR1xx", "rows.parquet is cut off, or not what its ending says: "),
-        ("rows.xlsx", "PK", "'rows.xlsx' has no file of rows, but .xlsx. Give .jsonl, .ndjson, .json, .csv"),
+        ("rows.xlsx", "PK", "'rows.xlsx' has no file of rows, but .xlsx. Save rows as .jsonl, .ndjson, .json, .csv"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_with_what_to_do(name, content, said, refuse, tmp_path):
@@ -252,8 +252,8 @@ def test_a_card_without_splits_and_one_config_needs_no_name(fetch, tmp_path):
         ({"train.jsonl": rows("a"), "train.csv": "text\na\n"}, "has .csv and .jsonl of one split, train.csv, train"),
         ({"test.jsonl": rows("a")}, "has no rows to train on, but test. Name one: --dataset_train_split"),
         ({"train-00001-of-00002.jsonl": rows("a")}, "has 1 of 2 files train-*-of-00002.jsonl. Fetch or write those"),
-        ({"notes.pdf": "x", "code.py": "y"}, "has no file of rows, but .pdf, .py. Give"),
-        ({"README.md": "Nothing else."}, "has no file of rows, but .md. Give"),
+        ({"notes.pdf": "x", "code.py": "y"}, "has no file of rows, but .pdf, .py. Save rows as"),
+        ({"README.md": "Nothing else."}, "has no file of rows, but .md. Save rows as"),
         (
             {"train.jsonl": [PAIR], "test.jsonl": TEXT},
             "rows to train on are read as prompt, completion, held-out ones as text",

@@ -226,7 +226,7 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     files = [file for file in all_files if find_kind(file)[0] in KINDS and not re.search(OTHER, file.lower())]
     if not files:
         others = ", ".join(sorted({find_kind(file)[0] or file for file in all_files})[:9]) or "nothing"
-        kinds = f"Give {', '.join(KINDS)}, or one of these packed, such as .jsonl.gz or .jsonl.zst."
+        kinds = f"Save rows as {', '.join(KINDS)}, or one of these packed, such as .jsonl.gz or .jsonl.zst."
         fail(f"{name!r} has no file of rows, but {others}. {kinds}{PARQUET if '.py' in others else ''}")
     splits = {"train": files} if Path(name).is_file() else group_files(name, files, card, config)
     options = {"train": "Name one: --dataset_train_split (make: DATASET_SPLIT=)"}
