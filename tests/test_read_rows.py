@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import io
 import json
 
 import datasets
@@ -60,6 +61,7 @@ FILES = {
     "lines.json": LINES,
     "pretty.json": json.dumps(TEXT, indent=2),
     "wrapped.json": json.dumps({"version": "1.0", "data": TEXT}),
+    "mac.csv": TABLE.replace("\n", "\r"),
     "bom.json": b"\xef\xbb\xbf" + json.dumps(TEXT).encode(),
     "rows.jsonl.gz": gzip.compress(LINES.encode()),
     "two.jsonl.gz": b"".join(gzip.compress(line.encode()) for line in LINES.splitlines(keepends=True)),
@@ -101,6 +103,16 @@ def test_files_of_the_library_are_read(kind, fetch, tmp_path):
     said, train, held_out = fetch("given" if "saved" in kind else f"given.{kind}")
     assert train == [{"text": row["text"]} for row in rows] and "Left out: more" in said
     assert held_out == (train[:5] if "splits" in kind else [])
+
+
+def test_one_row_alone_is_no_list_of_its_messages(fetch, tmp_path):
+    write(tmp_path, {"rows.json": json.dumps({"messages": say("q", "a")}, indent=1)})
+    assert fetch("rows.json")[1] == [{"messages": say("q", "a")}]
+
+
+def test_the_separator_is_the_one_that_fits_all_lines():
+    table = "what (a, b, c);answer\n1;2\n3, 4;5\n"
+    assert load("chain/find_rows.py").find_separator("rows.csv", io.StringIO(table)) == ";"
 
 
 def test_a_field_may_hold_what_separates_fields(fetch, tmp_path):
@@ -153,6 +165,11 @@ def test_words_stay_words_up_to_the_training(word, fetch, tiny_model, tmp_path):
         ("rows.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "rows.jsonl.gz is cut off, or not what"),
         ("rows.jsonl.zst", b"no zstd at all", "rows.jsonl.zst is cut off, or not what its ending says: "),
         ("rows.json", '[{"text": "a"}, {"te', "rows.json is cut off, or no JSON: "),
+        (
+            "rows.json",
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            "is one object, of train, test, and no list",
+        ),
         ("rows.json", '["a", "b"]', 'rows.json, row 1 is no JSON object: "a". Give it a name: {"text": …}'),
         ("rows.json", '{"question": {"0": "q"}, "answer": {"0": "a"}}', 'in pandas: to_json(FILE, orient="records"'),
         ("rows.csv", 'text\n"a', "rows.csv, line 2: unexpected end of data. Close the quotes"),
@@ -240,8 +257,8 @@ def test_configs_are_asked_for(card, fetch, refuse, tmp_path):
 
 
 def test_a_card_without_splits_and_one_config_needs_no_name(fetch, tmp_path):
-    card = "---\nlicense: mit\nconfigs:\n- config_name: main\n  data_files: '**/*.csv'\n---\n"
-    write(tmp_path / "in", {"README.md": card, "deep/more.csv": "text\nb\n", "x.jsonl": rows("a")})
+    card = "---\nlicense: mit\nconfigs:\n- config_name: main\n  data_files: '**/deep/*.csv'\n---\n"
+    write(tmp_path / "in", {"README.md": card, "a/deep/more.csv": "text\nb\n", "x.jsonl": rows("a")})
     assert fetch("in")[1:] == (rows("b"), [])
     assert read(tmp_path / "out/run.json")["dataset"]["license"] == "mit"
 
