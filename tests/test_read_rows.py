@@ -442,6 +442,14 @@ def test_other_rows_are_named_for_what_they_are(row, said, refuse, tmp_path):
     refuse("rows.jsonl", said)
 
 
+def test_texts_and_messages_are_not_mixed(refuse, fetch, tmp_path):
+    messages = {"prompt": say("q"), "completion": answer("a")}
+    write(tmp_path, {"rows.jsonl": [PAIR, messages], "turned.jsonl": [messages, PAIR]})
+    assert fetch("turned.jsonl")[1] == [messages] * 2
+    (tmp_path / "out").rename(tmp_path / "done")
+    refuse("rows.jsonl", "row 2: it has messages, where the first row has texts. Mend that row, or leave it out")
+
+
 def test_what_was_chosen_can_be_learned(fetch, tmp_path):
     write(tmp_path, {"rows.jsonl": [{"prompt": "q", "chosen": "a", "rejected": "b"}]})
     assert fetch("rows.jsonl", "--columns", "chosen:completion")[1] == [PAIR]
