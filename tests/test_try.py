@@ -1,6 +1,5 @@
 """make try: what a training would do, without the weights of its model."""
 
-import json
 import os
 import shlex
 import shutil
@@ -155,7 +154,7 @@ def test_a_model_of_another_kind_is_refused_by_its_config(config, tiny_model, qu
     assert (
         f"is a {config.architectures[0]} (" in facts["missing"][1] and "Give one of text alone" in facts["missing"][1]
     )
-    assert list_heads(said) == ["rows", "lengths", "steps", "missing", "next"]
+    assert list_heads(said) == ["rows", "missing", "next"]
 
 
 def test_llama_2_is_counted_and_does_not_fit(tiny_model, question_rows, tmp_path, try_out):
@@ -231,22 +230,39 @@ def test_the_first_rows_are_read_and_all_are_counted(options, said, steps, tiny_
     assert said in printed and facts["steps"] == steps and facts["rows"]["read"] in (10, 20)
 
 
-def test_rows_that_are_not_read_are_counted_or_estimated(tmp_path):
-    rows = [{"text": "a b c" + " d" * (number % 3)} for number in range(90)]
+def count(name, **given) -> tuple[int, str]:
+    args = {"dataset_config": None, "dataset_train_split": None, "dataset_test_split": None, "dataset_revision": "main"}
+    return load("chain/estimate.py").count_rows(SimpleNamespace(dataset_name=str(name), **(args | given)), 20)
+
+
+def test_rows_that_are_not_read_are_counted(tmp_path, monkeypatch):
+    rows = [{"text": f"row {number}"} for number in range(1500)]
     write_rows(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "folder").mkdir()
     for number in range(2):
-        write_rows(tmp_path / f"folder/train-{number}.jsonl", rows)
-    size = sum(len(json.dumps(row)) + 1 for row in rows[:20])
-    found = {}
-    for name in ("rows.jsonl", "rows.json", "rows.parquet", "folder", "no"):
-        args = SimpleNamespace(dataset_name=str(tmp_path / name), dataset_config=None, dataset_revision=None)
-        found[name] = load("chain/estimate.py").count_rows(args, "train", 20, size)
-    assert found["rows.jsonl"] == (90, "about ") and found["rows.parquet"] == (90, "")
-    assert found["folder"] == (180, "about ") and found["no"] == (20, "at least ")
-    assert 80 < found["rows.json"][0] < 100 and found["rows.json"][1] == "about "
+        Dataset.from_list(rows).to_parquet(tmp_path / f"folder/train-{number}.parquet")
+    write_rows(tmp_path / "folder/test.jsonl", rows)
+    assert count(tmp_path / "rows.jsonl") == (1500, "") and count(tmp_path / "folder") == (3000, "")
+    monkeypatch.setattr(load("chain/estimate.py"), "COUNTING", -1)
+    assert count(tmp_path / "rows.jsonl") == (1000, "at least ")
+
+
+def test_rows_of_a_hub_are_those_that_its_card_counts(monkeypatch):
+    infos = [
+        {"config_name": name, "splits": [{"name": "test", "num_examples": 9}, {"name": "train", "num_examples": rows}]}
+        for name, rows in (("main", 7473), ("socratic", 7000))
+    ]
+    estimate = load("chain/estimate.py")
+    monkeypatch.setattr(estimate.download, "describe", lambda *args: {"revision": "c0ffee"})
+    monkeypatch.setattr(estimate, "list_files", lambda *args: (None, [], {"dataset_info": infos}))
+    assert count("org/gsm", dataset_config="socratic") == (7000, "")
+    assert count("org/gsm", dataset_config="main", dataset_train_split="test") == (9, "")
+    monkeypatch.setattr(
+        estimate, "list_files", lambda *args: (None, [], {"dataset_info": infos[0] | {"config_name": "default"}})
+    )
+    assert count("org/gsm") == (7473, "") and count("org/gsm", dataset_train_split="x") == (20, "at least ")
+    monkeypatch.setattr(estimate, "list_files", lambda *args: (None, [], None))
+    assert count("org/gsm") == (20, "at least ")
 
 
 def test_a_recipe_that_make_would_choose_is_taken(tiny_model, question_rows, try_out, monkeypatch):

@@ -1,7 +1,6 @@
 """What a training would take of rows, steps, memory, disk and time, from the config of its model; for try_out.py."""
 
 import argparse
-import contextlib
 import copy
 import math
 import re
@@ -12,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import torch
-from datasets import load_dataset_builder
+from find_rows import find_rows, list_files
 from folders import fail, read_record
 from huggingface_hub import HfApi, snapshot_download
 from memory import QLORA, fits, predict_memory, unknown_to
@@ -28,28 +26,27 @@ download = load_script("01_download.py")
 LIGHT = [pattern for pattern in download.MODEL_FILES["allow_patterns"] if pattern != "*.safetensors"]
 MOST_PARAMETERS = 700_000_000  # of a model that is timed: two layers of 7 billion parameters
 MOST_WORK = 5e11  # floating-point operations of a pass that is timed on the CPU: some seconds
-LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")  # files in which a row is about a line
+COUNTING = 10  # seconds for counting rows
 
 
-def count_rows(args: argparse.Namespace, split: str, read: int, size: int) -> tuple[int, str]:
-    """How many rows a split has, of which the first were read, with a word where that is not exact."""
-    file = Path(args.dataset_name).absolute()
-    source = {"path": args.dataset_name}
-    if file.is_file():
-        source = {"path": str(file.parent), "data_files": {split: file.name}}
-    with contextlib.suppress(Exception):  # of a form that only read_rows.py knows
-        builder = load_dataset_builder(**source, name=args.dataset_config, revision=args.dataset_revision)
-        if split in (builder.info.splits or {}):
-            return builder.info.splits[split].num_examples, ""
-        files = [*map(Path, builder.config.data_files[split])]
-        whole = sum(file.stat().st_size for file in files)
-        if all(file.suffix == ".parquet" for file in files):
-            return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files), ""
-        if files[0].suffix in LINES:
-            with files[0].open("rb") as stream:
-                head = stream.read(2**26)
-            read, size = head.count(b"\n"), len(head)
-        return round(whole * read / size), "about "
+def count_rows(args: argparse.Namespace, read: int) -> tuple[int, str]:
+    """How many rows there are to train on, of which the first were read, with a word where that is not exact. Those of
+    files here are counted, for some seconds at most; of those on a hub the card may say it."""
+    name, config, begin = args.dataset_name, args.dataset_config, time.monotonic()
+    splits = {"train": args.dataset_train_split, "validation": args.dataset_test_split}
+    if Path(name).exists():
+        for count, _ in enumerate(find_rows(name, None, config, splits, None)["train"].read(), 1):
+            if count % 1000 == 0 and time.monotonic() - begin > COUNTING:
+                return count, "at least "
+        return count, ""
+    infos = (list_files(name, download.describe("dataset", name, args.dataset_revision)["revision"])[2] or {}).get(
+        "dataset_info"
+    )
+    for info in infos if isinstance(infos, list) else [infos or {}]:
+        for split in info.get("splits") or []:
+            wanted = (config or info.get("config_name"), splits["train"] or "train")
+            if (info.get("config_name"), split["name"]) == wanted:
+                return split["num_examples"], ""
     return read, "at least "
 
 

@@ -143,8 +143,8 @@ def try_rows(args: argparse.Namespace, folder: Path, missing: list[str]) -> dict
         form = " and ".join(json.loads(stream.readline()))
     held_out, own = found["held_out_rows"] and args.validation_rows, found.get("validation", {}).get("rows", 0)
     total, about = read, _ = found["train"]["rows"] + found["held_out_rows"], ""
-    if read == FIRST != args.rows:
-        total, about = count_rows(args, args.dataset_train_split or "train", read, file.stat().st_size)
+    if read > (1 - read_rows.MANY) * FIRST and args.rows != FIRST:  # some may be left out
+        total, about = attempt(count_rows, args, read)[0] or (read, "at least ")
     if 0 < args.rows < total:
         total, about = args.rows, ""
     if held_out >= total:
@@ -200,7 +200,7 @@ def main() -> None:
         light.mkdir()
         model = try_model(args, settings, light, missing)
         rows = try_rows(args, data, missing)
-        if model and rows:
+        if "config" in model and rows:
             given = [*recipe, *["--bf16", "false"] * args.fast, *options]
             tokens = try_tokens(args.model_name_or_path, model["folder"], data, given, report, missing)
         if model and args.fast:
