@@ -175,6 +175,7 @@ def test_words_stay_words_up_to_the_training(word, fetch, tiny_model, tmp_path):
         ("rows.csv", 'text\n"a', "rows.csv, line 2: unexpected end of data. Close the quotes"),
         ("rows.csv", "question,answer\nq,a\nq, with comma,a\n", "rows.csv, line 3 has 3 fields, and the first line 2"),
         ("rows.csv", "text\n", "'rows.csv' has no rows"),
+        ("rows.csv", "text,text,,\na,b,,\n", "rows.csv has several columns text. Give each a name of its own"),
         ("rows.csv", "What is it?,It is\n" * 2, "has the columns ['What is it?', 'It is']: not text, messages, or"),
         ("latin.csv", "question,answer\nä,ö\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
         ("rows.parquet", "PAR1xx", "rows.parquet is cut off, or not what its ending says: "),
@@ -203,6 +204,7 @@ def rows(*words) -> list:
 @pytest.mark.parametrize(
     ("files", "train", "held_out", "said"),
     [
+        ({"train.10.jsonl": "b", "train.9.jsonl": "a"}, "ab", "", "train on: train.9.jsonl, train.10.jsonl"),
         ({"train.0.jsonl": "a", "train.1.jsonl": "b"}, "ab", "", "train on: train.0.jsonl, train.1.jsonl"),
         ({"train.jsonl": "a", "train_extra.jsonl": "b"}, "ab", "", "train on: train.jsonl, train_extra.jsonl"),
         ({"data/train-00000-of-00002.jsonl": "a", "data/train-00001-of-00002.jsonl": "b"}, "ab", "", ""),
@@ -342,6 +344,7 @@ FORMS = [
         {"messages": say("qr", "a")},
         "read as messages, with",
     ),
+    (PAIR | {"messages": say("x", "y")}, PAIR, "Left out: messages"),
     ({"messages": say("q", "a"), "prompt": "q"}, {"messages": say("q", "a")}, "Left out: prompt"),
     ({"messages": say("q", "a"), "tools": [{"n": 1}]}, {"messages": say("q", "a"), "tools": [{"n": 1}]}, ""),
 ]

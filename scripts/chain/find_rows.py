@@ -89,6 +89,8 @@ def read_table(file: str, text: io.TextIOBase, separator: str) -> Iterator[dict]
     reader = csv.reader(text, delimiter=separator, strict=True)
     try:
         header = next(reader, [])
+        if doubled := [name for name, count in Counter(header).items() if name and count > 1]:
+            fail(f"{file} has several columns {', '.join(doubled)}. Give each a name of its own.")
         for fields in filter(None, reader):
             if len(fields) != len(header):
                 cause = f"{file}, line {reader.line_num} has {len(fields)} fields, and the first line {len(header)}"
@@ -215,7 +217,7 @@ def list_files(name: str, revision: str | None) -> tuple[Path | None, list[str],
                 raise error from None
     if folder.is_file():
         return folder.parent, [folder.name], None
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return folder, files, metadata_load(folder / "README.md") if "README.md" in files else None
 
 
@@ -224,6 +226,7 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     most: so many rows of each, and of a repository no more is fetched."""
     folder, all_files, card = list_files(name, revision)
     files = [file for file in all_files if find_kind(file)[0] in KINDS and not re.search(OTHER, file.lower())]
+    files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)])
     if not files:
         others = ", ".join(sorted({find_kind(file)[0] or file for file in all_files})[:9]) or "nothing"
         kinds = f"Save rows as {', '.join(KINDS)}, or one of these packed, such as .jsonl.gz or .jsonl.zst."
