@@ -472,6 +472,11 @@ def test_rows_can_be_cut_and_held_out(fetch, tmp_path):
     assert read(tmp_path / "out/run.json")["dataset"]["rows"] == 2
 
 
+def test_there_are_no_rows_below_none(refuse, tmp_path):
+    write(tmp_path, {"rows.jsonl": rows("a")})
+    refuse("rows.jsonl", "--rows (make: ROWS) is -1: give 1 or more", "--rows", "-1")
+
+
 def test_of_the_rows_that_are_taken_the_last_are_held_out(fetch, tmp_path):
     write(tmp_path, {"one.jsonl": rows(*"abcdef")})
     assert fetch("one.jsonl", "--rows", 5, "--validation_rows", 2)[1:] == (rows("a", "b", "c"), rows("d", "e"))

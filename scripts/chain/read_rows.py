@@ -280,6 +280,8 @@ def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, str]) -> dict:
 
 def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Writes train.jsonl and, where rows are held out, validation.jsonl, and a card; returns what they are."""
+    if (args.rows or 0) < 0:
+        fail(f"--rows (make: ROWS) is {args.rows}: give 1 or more, or leave it out for all.")
     origin, last = download.describe("dataset", name, args.dataset_revision), deque()
     splits = {"train": args.dataset_train_split, "validation": args.dataset_test_split}
     parts = find_rows(name, origin.get("revision"), args.dataset_config, splits, args.rows)
