@@ -169,7 +169,7 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     for split, part in {"train": rows, **({"validation": held_out} if held_out else {})}.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        origin[split] = {"rows": len(part)}
+        origin[split] = {"rows": len(part), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return origin
 
 

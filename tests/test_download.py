@@ -310,7 +310,8 @@ def test_data_is_shown_as_the_tutorial_shows_it(fetch, tmp_path, capsys):
     assert "num_rows: 30" in shown and "{'text': 'row 11'}" in shown
     assert read_rows(tmp_path / "out/train.jsonl") == [{"text": f"row {number}"} for number in range(30)]
     assert not (tmp_path / "out/validation.jsonl").exists()
-    expected = {"name": str(data), "license": None, "held_out_rows": 0, "train": {"rows": 30}}
+    digest = hashlib.sha256((tmp_path / "out/train.jsonl").read_bytes()).hexdigest()
+    expected = {"name": str(data), "license": None, "held_out_rows": 0, "train": {"rows": 30, "sha256": digest}}
     assert read_origin(tmp_path / "out") == expected
 
 

@@ -588,7 +588,8 @@ def test_without_a_hub_a_cache_does_that_has_what_is_asked_for(hub, tmp_path):
     """Offline, and where the hub is not reached; with a card and without; each revision, and never another's rows."""
     card = {"README.md": b"---\nlicense: mit\n---\n"}
     hub.add("org/offline", read_files(hub.older), read_files(hub.newer) | card)
-    hub.add("org/offline", {"a.jsonl": ROW}, {"a.jsonl": ROW * 2} | card, kind="datasets")
+    more = {".gitattributes": b"*.parquet lfs", "notes.pdf": b"x"}  # which is not fetched
+    hub.add("org/offline", {"a.jsonl": ROW} | more, {"a.jsonl": ROW * 2} | card | more, kind="datasets")
     everything = [("dataset", "v1"), ("model", "v1"), ("model", "main"), ("dataset", "main")]
 
     def order_all(place: str, **faults):

@@ -56,6 +56,8 @@ TABLE = "text,n\nrow 0,1\nrow 1,2\nrow 2,3\n"
 FILES = {
     "rows.jsonl": LINES,
     "ROWS.JSONL": LINES,
+    "blank.json": LINES.replace("\n", "\n\n"),
+    "blanks.csv": TABLE.replace("text,n", "text , n"),
     "rows.ndjson": LINES.replace("\n", "\r\n\r\n"),
     "rows.json": json.dumps(TEXT),
     "lines.json": LINES,
@@ -105,6 +107,32 @@ def test_files_of_the_library_are_read(kind, fetch, tmp_path):
     assert held_out == (train[:5] if "splits" in kind else [])
 
 
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_both_formats_of_arrow_are_read(kind, fetch, tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    opened = {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[kind]
+    with opened(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert fetch("rows.arrow")[1] == rows("a", "b")
+
+
+def test_a_row_may_have_lists_of_objects(fetch, tmp_path):
+    row = {"question": "q", "answer": "a", "sources": [{"text": "x"}]}
+    write(tmp_path, {"rows.json": json.dumps(row, indent=1)})
+    assert fetch("rows.json")[1] == [PAIR]
+
+
+def test_a_file_that_is_named_is_read_whatever_its_name(fetch, tmp_path):
+    write(tmp_path, {"_run.json": json.dumps(rows("a"))})
+    assert fetch("_run.json")[1] == rows("a")
+
+
+def test_files_behind_links_are_read(fetch, tmp_path):
+    write(tmp_path, {"there/train.jsonl": rows("a"), "in/test.jsonl": rows("b")})
+    (tmp_path / "in/linked").symlink_to(tmp_path / "there")
+    assert fetch("in")[1:] == (rows("a"), rows("b"))
+
+
 def test_one_row_alone_is_no_list_of_its_messages(fetch, tmp_path):
     write(tmp_path, {"rows.json": json.dumps({"messages": say("q", "a")}, indent=1)})
     assert fetch("rows.json")[1] == [{"messages": say("q", "a")}]
@@ -146,6 +174,23 @@ def test_words_stay_words_up_to_the_training(word, fetch, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     (row, *_) = load("02_train_lora.py").load_rows(str(tmp_path / "out"), "train", tokenizer, OPTIONS)
     assert [row["prompt"][0]["content"], row["completion"][0]["content"]] == [word, word]
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_few_dates_stay_words_too(held_out, fetch, tiny_model, tmp_path):
+    """Of the last two rows alone the reader would make dates, and of parts of a large file."""
+    texts = ["hello", "hi", "2024-01-01", "2024-01-02"]
+    write(tmp_path, {"rows.jsonl": rows(*texts)})
+    fetch("rows.jsonl", "--validation_rows", held_out)
+    tokenizer, load_rows = AutoTokenizer.from_pretrained(tiny_model), load("02_train_lora.py").load_rows
+    splits = ("train", "validation") if held_out else ("train",)
+    found = [row["text"] for split in splits for row in load_rows(str(tmp_path / "out"), split, tokenizer, OPTIONS)]
+    assert found == texts
+
+
+def test_dates_beside_numbers_are_refused(refuse, tmp_path):
+    write(tmp_path, {"rows.jsonl": rows("2024-01-01", "1.10", "a")})
+    refuse("rows.jsonl", "some texts of text are dates, and some are numbers, true, null or JSON")
 
 
 @pytest.mark.parametrize(
@@ -265,9 +310,53 @@ def test_a_card_without_splits_and_one_config_needs_no_name(fetch, tmp_path):
     assert read(tmp_path / "out/run.json")["dataset"]["license"] == "mit"
 
 
+CARD = "---\nconfigs:\n- {}\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "files", "args", "train", "held_out"),
+    [
+        # a split is not all whose names hold its name, where a card or numbers say what belongs together
+        ("data_files: [{split: train, path: a*}, {split: train_1M, path: b*}]", "a b", (), "a", ""),
+        ("", "train-00000-of-00001 train_1M-00000-of-00001", (), "train-00000-of-00001", ""),
+        ("", "train-00000-of-00001-a3ecf92756993583 x", (), "train-00000-of-00001-a3ecf92756993583", ""),
+        # rows to train on are not held out
+        ("", "train train_eval", (), "train", "train_eval"),
+        ("", "test", ("--dataset_train_split", "test"), "test", ""),
+        ("", "test validation", ("--dataset_train_split", "validation"), "validation", "test"),
+        # of a config its own files, and of a folder its splits
+        ("data_dir: en", "en/train en/test de/train", (), "en/train", "en/test"),
+        ("data_files: '*.jsonl'", "a old/b", (), "a", ""),
+        ("data_files: '**/*.jsonl'", "a old/b", (), "a old/b", ""),
+        (
+            "{config_name: x, data_dir: x}\n- {config_name: y, data_dir: y, default: true}",
+            "x/train y/train",
+            (),
+            "y/train",
+            "",
+        ),
+        ("config_name: one\n  data_dir: one", "one/train two/train", ("--dataset_config", "one"), "one/train", ""),
+    ],
+)
+def test_a_split_is_its_files_and_no_others(card, files, args, train, held_out, fetch, tmp_path):
+    write(tmp_path / "in", {f"{name}.jsonl": rows(name) for name in files.split()})
+    if card:
+        write(tmp_path / "in", {"README.md": CARD.format(card)})
+    assert fetch("in", *args)[1:] == (rows(*train.split()), rows(*held_out.split()))
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
+        ({"train.jsonl": rows("a"), "train.jsonl.gz": gzip.compress(LINES.encode())}, "maybe the same rows twice"),
+        (
+            {
+                "README.md": CARD.format("data_files: [{split: train, path: '*.jsonl'}, {split: test, path: test*}]"),
+                "a.jsonl": rows("a"),
+                "test.jsonl": rows("b"),
+            },
+            "has test.jsonl both to train on and held out",
+        ),
         ({"train.jsonl": rows("a"), "train.csv": "text\na\n"}, "has .csv and .jsonl of one split, train.csv, train"),
         ({"test.jsonl": rows("a")}, "has no rows to train on, but test. Name one: --dataset_train_split"),
         ({"train-00001-of-00002.jsonl": rows("a")}, "has 1 of 2 files train-*-of-00002.jsonl. Fetch or write those"),
@@ -358,12 +447,55 @@ def test_forms_of_rows_are_read_and_said(number, fetch, tmp_path):
     assert train == [expected] * 2 and said in out and ("read as" in out) == ("read as" in said)
 
 
+def test_a_form_is_that_of_the_first_row_that_has_it(fetch, tmp_path):
+    write(tmp_path, {"rows.jsonl": [{"messages": None, "text": None}, *[{"messages": say("q", "a")}] * 20]})
+    assert fetch("rows.jsonl")[1] == [{"messages": say("q", "a")}] * 20
+
+
+def test_an_answer_that_looks_like_messages_is_a_text(fetch, tmp_path):
+    call = '[{"name": "f", "arguments": {}}]'
+    write(tmp_path, {"rows.jsonl": [{"system": "s", "prompt": "q", "completion": call}] * 2})
+    assert fetch("rows.jsonl")[1] == [{"prompt": say("q", system="s"), "completion": answer(call)}] * 2
+
+
 def test_keys_that_the_first_row_lacks_are_read(fetch, tmp_path):
     write(
         tmp_path,
         {"rows.jsonl": [{"instruction": "q", "output": "a"}, {"instruction": "q", "input": "i", "output": "a"}]},
     )
     assert fetch("rows.jsonl")[1] == [PAIR, {"prompt": "q\n\ni", "completion": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("history", "turns"),
+    [
+        ([["b", "c"]], ["b", "c"]),
+        ("[]", []),
+        (None, []),
+        ('[["b", "c"]]', ["b", "c"]),
+        ([{"role": "user", "content": "b"}, {"from": "gpt", "value": "c"}], ["b", "c"]),
+    ],
+)
+def test_a_history_is_turns_before_the_question(history, turns, fetch, tmp_path):
+    write(tmp_path, {"rows.jsonl": [{"instruction": "q", "output": "a", "history": history}] * 2})
+    assert fetch("rows.jsonl")[1] == [{"prompt": say(*turns, "q"), "completion": answer("a")}] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"instruction": "x", "output": "y", "text": "t"}, "text:text", {"text": "t"}),
+        ({"messages": say("x", "y"), "f": "q", "g": "a"}, "f:instruction,g:output", PAIR),
+        ({"prompt": "x", "completion": "y", "chat": say("q", "a")}, "chat:messages", {"messages": say("q", "a")}),
+        ({"prompt": "x", "completion": "y", "f": "q", "g": "a"}, "f:instruction,g:output", PAIR),
+        (PAIR | {"label": "science"}, "prompt:prompt,completion:completion", PAIR),
+        ({"image": None, "text": "t"}, "text:text", {"text": "t"}),
+        ({"prompt": "q", "answer": "a", "text": "t"}, "answer:completion", PAIR),
+    ],
+)
+def test_what_is_named_comes_before_what_is_known(row, columns, expected, fetch, tmp_path):
+    write(tmp_path, {"rows.jsonl": [row] * 2})
+    assert fetch("rows.jsonl", "--columns", columns)[1] == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -389,6 +521,7 @@ def test_columns_of_any_name_can_be_named(columns, expected, fetch, tmp_path):
         ("frge:prompt", "there is no column 'frge', but 'frage'. Give OLD:NEW,OLD:NEW with old ones of frage, antwort"),
         ("frage:ask", "there is no 'ask' to make of 'frage'. Give OLD:NEW"),
         ("frage", "there is no column ''. Give OLD:NEW"),
+        ("frage:prompt,antwort:prompt", "'prompt' is made of two columns. Give one of them"),
         (
             "frage:prompt",
             "questions without answers, as GRPO asks. Add the answers, or name them: --columns prompt:prompt,",
@@ -434,7 +567,7 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
         ({"messages": [{"role": "user", "content": 5}]}, "row 1: 5 in content is no text"),
         ({"messages": [["a", "b"]]}, "has the columns ['messages']: not text, messages, or prompt and completion"),
         (
-            {"messages": [{"role": "user", "content": ""}]},
+            {"messages": [{"role": "user", "content": "", "name": None}]},
             "1 of 1 rows have an empty question or answer (first: row 1)",
         ),
         ({"prompt": "q", "completion": " "}, "1 of 1 rows have an empty question or answer (first: row 1)"),

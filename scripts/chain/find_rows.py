@@ -3,6 +3,7 @@
 A value is what stands in the file: no column gets a type. Rows are read one by one, and a million take no more memory.
 """
 
+import contextlib
 import csv
 import glob
 import io
@@ -12,14 +13,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 import pyarrow
 from folders import check_download, fail, sha256
-from huggingface_hub import HfApi, HfFileSystem, errors, hf_hub_download, metadata_load, snapshot_download
+from fsspec.utils import glob_translate
+from huggingface_hub import (
+    HfApi,
+    HfFileSystem,
+    errors,
+    get_cached_repo_tree,
+    hf_hub_download,
+    is_offline_mode,
+    metadata_load,
+    snapshot_download,
+)
 from pyarrow.parquet import ParquetFile
 
 LINES, TABLES, ARROW = (".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet", ".arrow")
@@ -32,6 +42,8 @@ TRAIN, HELD_OUT = ("train", "training"), ("validation", "val", "valid", "dev", "
 OTHER = r"(^|/)([._]|cache-|(dataset_infos?|dataset_dict|state|config|package|run|step|audit)\.json$"
 OTHER += r"|(readme|license|requirements)\.txt$)"
 PARQUET = ' The hub may have the rows as parquet: make download ARGS="--dataset_revision refs/convert/parquet"'
+# Keys by which an object is a row, and not one that holds a list of rows.
+ROW = {"text", "messages", "conversations", "conversation", "contents", "prompt", "instruction", "question", "input"}
 csv.field_size_limit(sys.maxsize)
 
 
@@ -56,9 +68,10 @@ def read_lines(file: str, lines: Iterable[str]) -> Iterator[dict]:
 
 def read_json(file: str, text: io.TextIOBase) -> Iterator[dict]:
     """Rows a line each, or a list of them, which may stand under a name in an object."""
-    first, second = text.readline(), text.readline()
+    lines = filter(str.strip, text)
+    first, second = next(lines, ""), next(lines, "")
     if first.strip()[:1] + first.strip()[-1:] == "{}" and second.strip():
-        yield from read_lines(file, chain((first, second), text))
+        yield from read_lines(file, chain((first, second), lines))
         return
     try:
         rows = json.loads(first + second + text.read())
@@ -66,10 +79,11 @@ def read_json(file: str, text: io.TextIOBase) -> Iterator[dict]:
         fail(f"{file} is cut off, or no JSON: {error}. Mend it there.")
     if isinstance(rows, dict):
         lists = [key for key, value in rows.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(lists) != 1:
+        is_row = ROW & {*lists} or any(isinstance(rows[key], str) for key in ROW & rows.keys())
+        if len(lists) != 1 and not is_row:
             lines = 'Write a row a line; in pandas: to_json(FILE, orient="records", lines=True)'
             fail(f"{file} is one object, of {', '.join([*rows][:9])}, and no list of rows. {lines}")
-        rows = [rows] if lists[0] in ("messages", "conversations", "prompt") else rows[lists[0]]
+        rows = [rows] if is_row else rows[lists[0]]
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         if not isinstance(row, dict):
             fail(f'{file}, row {number} is no JSON object: {json.dumps(row)[:40]}. Give it a name: {{"text": …}}')
@@ -88,7 +102,7 @@ def find_separator(file: str, text: io.TextIOBase) -> str:
 def read_table(file: str, text: io.TextIOBase, separator: str) -> Iterator[dict]:
     reader = csv.reader(text, delimiter=separator, strict=True)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         if doubled := [name for name, count in Counter(header).items() if name and count > 1]:
             fail(f"{file} has several columns {', '.join(doubled)}. Give each a name of its own.")
         for fields in filter(None, reader):
@@ -116,7 +130,11 @@ def read_file(file: str, open_bytes: Callable[[], io.IOBase], documents: bool) -
         if kind == ".parquet":
             yield from (row for batch in ParquetFile(open_bytes()).iter_batches(1000) for row in batch.to_pylist())
         elif kind == ".arrow":
-            yield from (row for batch in pyarrow.ipc.open_stream(open_bytes()) for row in batch.to_pylist())
+            stream = io.BufferedReader(open_bytes())
+            is_file = stream.peek(6)[:6] == b"ARROW1"
+            table = pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
+            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
+            yield from (row for batch in batches for row in batch.to_pylist())
         elif kind in TABLES:
             yield from read_table(file, open_text(), find_separator(file, open_text()))
         elif kind == ".txt":
@@ -156,7 +174,8 @@ class Part:
 def name_split(file: str) -> str:
     """The split of a file: its name or its folder's in letters, such as train_sft; none where that names no split."""
     for part in reversed(PurePosixPath(file).parts):
-        words = [word for word in re.findall("[a-z]+", part.lower()) if f".{word}" not in (*KINDS, *PACKED, ".of")]
+        part = re.sub(r"\d+-of-\d+.*", "", part.lower())  # with the sum that older shards have in their names
+        words = [word for word in re.findall("[a-z]+", part) if f".{word}" not in (*KINDS, *PACKED)]
         if {*TRAIN, *HELD_OUT} & {*words}:
             return "_".join(words)
     return ""
@@ -166,13 +185,19 @@ def group_files(name: str, files: list[str], card: dict | None, config: str | No
     """The files of each split, of the config that is asked for: those of the card, or folders that repeat names."""
     configs, splits = {}, {}
     for each in (card or {}).get("configs") or []:
-        found = each.get("data_files") or f"{each.get('data_dir', '.')}/*"
+        place, here = each.get("data_dir") or ".", configs.setdefault(each.get("config_name", "default"), {})
+        inside = {file: PurePosixPath(file) for file in files if PurePosixPath(file).is_relative_to(place)}
+        inside = {file: path.relative_to(place).as_posix() for file, path in inside.items()}
+        if not (found := each.get("data_files")):
+            for file, path in inside.items():
+                here.setdefault(name_split(path), []).append(file)
+            continue
         found = found if isinstance(found, list) else [found]
         for part in (part if isinstance(part, dict) else {"split": "train", "path": part} for part in found):
             patterns = [part["path"]] if isinstance(part["path"], str) else part["path"]
-            patterns = [pattern.removeprefix("./").replace("**/", "*") for pattern in patterns]
-            here = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
-            configs.setdefault(each["config_name"], {}).setdefault(part["split"], []).extend(here)
+            patterns = [re.compile(glob_translate(pattern.removeprefix("./"))) for pattern in patterns]
+            found = [file for file, path in inside.items() if any(pattern.match(path) for pattern in patterns)]
+            here.setdefault(part["split"], []).extend(found)
     if not configs:
         for file in files:
             splits.setdefault(name_split(file), []).append(file)
@@ -182,14 +207,16 @@ def group_files(name: str, files: list[str], card: dict | None, config: str | No
             return splits
         for file, place in places.items():
             configs.setdefault(place, {}).setdefault(name_split(file), []).append(file)
-    chosen = config or ("default" if "default" in configs else "" if len(configs) > 1 else next(iter(configs)))
+    chosen = [each.get("config_name", "default") for each in (card or {}).get("configs") or [] if each.get("default")]
+    chosen = [config] if config else chosen or [each for each in configs if len(configs) == 1 or each == "default"]
+    chosen = chosen[0] if chosen else ""
     if chosen not in configs:
         others = f"the configs {', '.join(configs)}" if configs else "no configs"
         fail(f"{name!r} has {others}. Name one: --dataset_config (make: DATASET_CONFIG=)")
     return configs[chosen]
 
 
-def choose_splits(name: str, splits: list[str], words: tuple, asked: str | None, option: str) -> list[str]:
+def choose_splits(name: str, splits: list[str], words: tuple, asked: str | None, option: str, exact: bool) -> list[str]:
     """Those with the first of the words that is there; exits where they may be different things."""
     if asked and asked not in splits:
         fail(f"{name!r} has no split {asked!r}, but {', '.join(filter(None, splits)) or 'none with a name'}. {option}")
@@ -198,7 +225,9 @@ def choose_splits(name: str, splits: list[str], words: tuple, asked: str | None,
         if found and not asked:
             if len(found) > 1 and word not in found:
                 fail(f"{name!r} has the splits {', '.join(splits)}. {option}")
-            return found
+            if word in found and exact:
+                return [word]
+            return [split for split in found if words is HELD_OUT or not {*HELD_OUT} & {*split.split("_")}] or found
     return [asked] if asked else []
 
 
@@ -210,14 +239,16 @@ def list_files(name: str, revision: str | None) -> tuple[Path | None, list[str],
             files = HfApi().list_repo_files(name, **repository)
             card = "README.md" in files and hf_hub_download(name, "README.md", **repository)
             return None, files, metadata_load(card) if card else None
-        except Exception as error:  # no network: of this commit the cache may have the files
-            try:
-                folder = Path(snapshot_download(name, local_files_only=True, **repository))
-            except errors.LocalEntryNotFoundError:
-                raise error from None
+        except Exception as error:  # no network: of this commit the cache may have the list and the files
+            with contextlib.suppress(errors.CachedRepoTreeNotFoundError):
+                files = [file.path for file in get_cached_repo_tree(name, **repository)]
+                card = "README.md" in files and hf_hub_download(name, "README.md", local_files_only=True, **repository)
+                return None, files, metadata_load(card) if card else None
+            raise error
     if folder.is_file():
         return folder.parent, [folder.name], None
-    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = glob.glob("**", root_dir=folder, recursive=True)  # noqa: PTH207  also behind links, and nothing hidden
+    files = sorted(file for file in files if not Path(folder, file).is_dir())
     return folder, files, metadata_load(folder / "README.md") if "README.md" in files else None
 
 
@@ -225,8 +256,9 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     """train and, where there are held-out rows, validation; says of which files. asked: the names of these splits;
     most: so many rows of each, and of a repository no more is fetched."""
     folder, all_files, card = list_files(name, revision)
-    files = [file for file in all_files if find_kind(file)[0] in KINDS and not re.search(OTHER, file.lower())]
-    files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)])
+    files = [file for file in all_files if find_kind(file)[0] in KINDS]
+    files = [file for file in files if Path(name).is_file() or not re.search(OTHER, file.lower())]
+    files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", file)])
     if not files:
         others = ", ".join(sorted({find_kind(file)[0] or file for file in all_files})[:9]) or "nothing"
         kinds = f"Save rows as {', '.join(KINDS)}, or one of these packed, such as .jsonl.gz or .jsonl.zst."
@@ -234,25 +266,30 @@ def find_rows(name: str, revision: str | None, config: str | None, asked: dict, 
     splits = {"train": files} if Path(name).is_file() else group_files(name, files, card, config)
     options = {"train": "Name one: --dataset_train_split (make: DATASET_SPLIT=)"}
     options["validation"] = "Name one: --dataset_test_split (make: DATASET_TEST_SPLIT=)"
-    chosen, parts = {}, {}
+    chosen, parts, taken = {}, {}, []
     for key, words in (("train", TRAIN), ("validation", HELD_OUT)):
-        found = choose_splits(name, [*splits], words, asked[key], options[key])
+        free = [split for split in splits if split not in taken]
+        exact = bool((card or {}).get("configs")) or any(re.search(r"-\d+-of-\d+", file) for file in files)
+        taken = found = choose_splits(name, free, words, asked[key], options[key], exact)
         found = found or ([""] if key == "train" and "" in splits else [])
         chosen[key] = [file for split in found for file in splits[split]]
-        if len(kinds := {find_kind(file)[0] for file in chosen[key]}) > 1:
+        kinds = {" ".join(filter(None, find_kind(file))) for file in chosen[key]}
+        if len(kinds) > 1:
             cause = f"{name!r} has {' and '.join(sorted(kinds))} of one split, {', '.join(chosen[key][:4])}"
             fail(f"{cause}: maybe the same rows twice. Leave one kind there, or give one file.")
+    if both := {*chosen["train"]} & {*chosen["validation"]}:
+        fail(f"{name!r} has {min(both)} both to train on and held out. {options['validation']}")
     if not chosen["train"]:
         fail(f"{name!r} has no rows to train on, but {', '.join(splits)}. {options['train']}")
     left = [file for file in files if file not in chosen["train"] + chosen["validation"]]
     for what, each in (("train on", chosen["train"]), ("held out", chosen["validation"]), ("not read", left)):
         if each and (len(files) > 1 or not Path(name).is_file()):
             print(f"{what}: {', '.join(each[:9])}{f' and {len(each) - 9} more' if len(each) > 9 else ''}")
-    shards = Counter(re.sub(r"\d+(-of-\d+)", r"*\1", file) for each in chosen.values() for file in each)
+    shards = Counter(re.sub(r"\d+(-of-\d+)(-[0-9a-f]{16})?", r"*\1", file) for each in chosen.values() for file in each)
     for file, count in shards.items():
         if (of := re.search(r"\*-of-(\d+)", file)) and count != int(of[1]):
             fail(f"{name!r} has {count} of {int(of[1])} files {file}. Fetch or write those that it lacks.")
-    streamed = not folder and most and find_kind(chosen["train"][0])[0] != ".json"
+    streamed = not folder and most and not is_offline_mode() and find_kind(chosen["train"][0])[0] != ".json"
     if not folder and not streamed:
         wanted = [file for each in chosen.values() for file in each]
         patterns = [glob.escape(file) for file in wanted]

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 
 from folders import fail
-from read_rows import join_parts
+from messages import join_parts
 
 EMPTY = "have an empty question or answer: leave them out"
 NO_ANSWER = "have no answer of an assistant: add it, or leave them out"

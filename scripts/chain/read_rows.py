@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from folders import fail
@@ -25,6 +26,7 @@ from records import load_script
 download = load_script("01_download.py")  # reads .env, before the imports below look at the environment
 
 from find_rows import Part, find_rows
+from messages import join_parts, read_history, to_messages
 
 # Pairs of columns that are a prompt and its completion, the first that is there; INPUTS are added to the prompt.
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
@@ -35,21 +37,13 @@ INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt", "systeminstr
 CHATS = {"messages": "messages", "conversations": "ShareGPT", "contents": "Gemini"}
 CHATS |= dict.fromkeys(("conversation", "dialog", "dialogue"), "chats")
 NEW = ("text", "messages", "prompt", "completion", "system", "tools", "instruction", "input", "output")  # of --columns
-# Roles by the names that chat templates know.
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {"model": "assistant", "chatbot": "assistant", "ai": "assistant", "function_call": "assistant"}
-ROLES |= {"function": "tool", "observation": "tool"}
-ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "developer")}
 # Rows that are for something else, by their columns.
 IMAGES = "with images, and text alone is trained here. Give rows of text"
 OTHER = {
     ("chosen", "rejected"): "of preferences, as DPO learns from. Take what was chosen: --columns chosen:completion "
     "(make: COLUMNS=), or chosen:messages where it is whole conversations",
-    (
-        "prompt",
-        "completion",
-        "label",
-    ): "of answers marked good or bad, as KTO learns from. Keep the good, without label",
+    ("prompt", "completion", "label"): "of answers marked good or bad, as KTO learns from. Keep the good ones; where "
+    "label is another thing: --columns prompt:prompt,completion:completion (make: COLUMNS=)",
     ("images",): IMAGES,
     ("image",): IMAGES,
     ("message_id", "parent_id"): "of a tree of messages, each with the one before it. Give whole conversations",
@@ -73,57 +67,6 @@ def refuse_other_rows(name: str, columns: list[str]) -> None:
             fail(f"{name!r} has the columns {columns}: rows {what}.")
 
 
-# A row; what is wrong with it is a ValueError -------------------------------------------------------------------------
-def join_parts(content):
-    """The text of content that is given in parts; what is no text, or has other parts than texts, as it is."""
-    parts = content if isinstance(content, list) else [None]
-    kinds = (None, "text", "input_text", "output_text")
-    if not all(isinstance(part, dict) and part.get("type") in kinds and "text" in part for part in parts):
-        return content
-    return "".join(part["text"] or "" for part in parts)
-
-
-def read_arguments(call: dict) -> dict:
-    """A tool call whose arguments are an object, also where they are JSON in a text, as OpenAI has them."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # no such text
-        if isinstance(arguments := json.loads(call["function"]["arguments"]), dict):
-            return call | {"function": call["function"] | {"arguments": arguments}}
-    return call
-
-
-def to_message(turn: dict) -> dict:
-    """A message with role and content as chat templates know them, also of one with from and value, or with parts."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"{json.dumps(turn, default=str)[:40]} is no message with role and content")
-    new = {key: value for key, value in turn.items() if key not in ("from", "value", "parts")}
-    for old, key in (("from", "role"), ("value", "content"), ("parts", "content")):
-        if turn.get(old) is not None:
-            new[key] = turn[old]
-    if not isinstance(new.get("role"), str):
-        raise ValueError(f"a message has the keys {', '.join(turn)}, and no role")
-    new["role"] = ROLES.get(new["role"].lower(), new["role"])
-    if "content" in new:
-        new["content"] = content = join_parts(new["content"])
-        if isinstance(content, list):
-            kinds = {str(part.get("type", "no text")) if isinstance(part, dict) else "no text" for part in content}
-            raise ValueError(f"a message holds {', '.join(sorted(kinds - {'text'}))}, and text alone is trained here")
-        if not isinstance(content, str | None):
-            raise ValueError(f"{content!r} in content is no text. Put it in quotes, or a word beside it")
-    if turn.get("tool_calls"):
-        new["tool_calls"] = [read_arguments(call) for call in turn["tool_calls"]]
-    return new
-
-
-def to_messages(value, system=None, role="user") -> list[dict]:
-    """Messages out of a list of them, also where that is JSON in a text, or out of a mere text."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        with contextlib.suppress(ValueError):  # a text that begins so
-            value = json.loads(value)
-    turns = [*map(to_message, [{"role": role, "content": value}] if isinstance(value, str) else value or [])]
-    has_system = not system or "system" in {turn["role"] for turn in turns}
-    return turns if has_system else [{"role": "system", "content": system}, *turns]
-
-
 def is_listed(value) -> bool:
     return isinstance(value, list) and isinstance((value or [{}])[0], dict)
 
@@ -140,7 +83,8 @@ def is_empty(new: dict) -> bool:
     said = []
     for value in (value for key, value in new.items() if key != "tools"):
         turns = value if isinstance(value, list) else [{"content": value}]
-        said.append(any((turn.get("content") or "").strip() or turn.keys() - {"role", "content"} for turn in turns))
+        rest = [any(turn[key] for key in turn.keys() - {"role", "content"}) for turn in turns]
+        said.append(any((turn.get("content") or "").strip() for turn in turns) or any(rest))
     return not all(said)
 
 
@@ -149,7 +93,8 @@ def name_columns(columns: list[str], asked: str | None) -> dict[str, str]:
     """What each column is called here: in small letters where it is known then, or what is asked for."""
     known = {*NEW, *CHATS, *INPUTS, *SYSTEMS, "history", *(key for keys in (*PAIRS, *OTHER) for key in keys)}
     small = {column: column.strip().lower() for column in columns}
-    names = {old: new if new in known and new not in columns else old for old, new in small.items()}
+    counts, given = Counter(small.values()), {}
+    names = {old: new if new in known and counts[new] == 1 else old for old, new in small.items()}
     for pair in filter(None, (asked or "").split(",")):
         old, _, new = (word.strip() for word in pair.rpartition(":"))
         if old not in columns or new not in NEW:
@@ -157,15 +102,22 @@ def name_columns(columns: list[str], asked: str | None) -> dict[str, str]:
             cause = f"no column {old!r}{near}" if old not in columns else f"no {new!r} to make of {old!r}"
             give = f"Give OLD:NEW,OLD:NEW with old ones of {', '.join(columns)}, and new ones of {', '.join(NEW)}"
             fail(f"--columns {asked} (make: COLUMNS=): there is {cause}. {give}.")
-        names = {each: name for each, name in names.items() if name != new} | {old: new}
-    return names
+        if new in given.values():
+            fail(f"--columns {asked} (make: COLUMNS=): {new!r} is made of two columns. Give one of them.")
+        given[old] = new
+    # What is asked for is of one form: no other comes before it, and no column says that it is of another kind.
+    own, pairs = {*given.values()}, {key for pair in PAIRS for key in pair}
+    other = {*CHATS, "text", *(key for kind in OTHER for key in kind)}
+    gone = own | (other | pairs if own & {"text", "messages"} else other - pairs if own else {*()})
+    gone |= {*PAIRS[0]} if own & {*PAIRS[1]} else {*()}
+    return {old: new for old, new in names.items() if old not in given and new not in gone} | given
 
 
 def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str], Callable[[dict], dict]]:
     """What rows are read as, from which columns, and what makes a row of training of one; exits at other rows."""
     refuse_other_rows(name, columns)
     pair = next((pair for pair in PAIRS if {*columns} >= {*pair}), None)
-    chat = next((key for key in CHATS if re.match(r"\[(\{|$|])", str(first.get(key)).lstrip())), None)
+    chat = next((key for key in CHATS if re.match(r"\[\s*[{\]]", str(first.get(key)).lstrip())), None)
     system, history, tools = ([key for key in keys if key in columns] for keys in (SYSTEMS, ("history",), ("tools",)))
 
     def find_system(row: dict) -> str | None:
@@ -173,7 +125,8 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
         return join_parts(found.get("parts")) if isinstance(found, dict) else found  # Gemini's
 
     def read_chat(row: dict) -> dict:
-        return {"messages": to_messages(row.get(chat), find_system(row))}
+        value = row.get(chat)
+        return {"messages": to_messages(json.loads(value) if isinstance(value, str) else value, find_system(row))}
 
     def read_pair(row: dict) -> dict:
         listed = [is_listed(row.get(key)) for key in pair]
@@ -185,10 +138,10 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
             return {"prompt": question, "completion": answer}
         if not chatty:
             raise ValueError("it has messages, where the first row has texts")
-        earlier = [text for turn in row.get("history") or [] for text in turn]
-        earlier = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(earlier)]
-        prompt = to_messages(earlier + to_messages(question), find_system(row))
-        return {"prompt": prompt, "completion": to_messages(answer, role="assistant")}
+        prompt = to_messages(read_history(row.get("history")) + to_messages(question), find_system(row))
+        if (said := to_messages(answer, role="assistant")) and said[0]["role"] in ("system", "user"):
+            raise ValueError("its answer is a whole conversation. Give --columns OLD:messages (make: COLUMNS=)")
+        return {"prompt": prompt, "completion": said}
 
     def add_tools(read: Callable, row: dict) -> dict:
         return read(row) | {key: row[key] for key in tools if row.get(key)}
@@ -221,8 +174,10 @@ def convert_rows(name: str, part: Part, asked: str | None) -> Iterator[dict]:
     """Rows of training; says how they were read. Those without words are left out, or, where they are many, refused."""
     columns = part.list_columns()
     names = name_columns(columns, asked)
-    first = next(({new: row.get(old) for old, new in names.items()} for row in part.read()), None)
-    if first is None:
+    first = {}  # of each column the first value that there is
+    for row in islice(part.read(), 100):
+        first |= {new: row[old] for old, new in names.items() if first.get(new) is None and row.get(old) is not None}
+    if not first:
         fail(f"{name!r} has no rows in {', '.join(part.files)}. Give files with rows.")
     form, used, convert = find_form(name, [*names.values()], first)
     changed, empty, number = False, [], 0
@@ -256,7 +211,20 @@ def hold_back(rows: Iterable[dict], last: deque, count: int) -> Iterator[dict]:
             yield last.popleft()
 
 
-def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, str]) -> dict:
+def find_type(value) -> str:
+    """What the library's reader may take a value for: a date, JSON, which a text may be too, or a text."""
+    if not isinstance(value, str):
+        return "json"
+    if re.match(r"\d{4}-\d\d-\d\d($|[T ]\d)", value):
+        return "date"
+    if re.match(r'\s*["\[{\d.+-]|\s*(true|false|null|nan|-?inf)', value, re.IGNORECASE):
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(value)
+            return "word"
+    return "text"
+
+
+def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, set]) -> dict:
     """Their number, and the sum of the file; adds the types of the columns; shows a row, as the tutorial does.
 
     For the library's reader a text that is a date is none, unless it is said to be JSON, as messages are. Other texts
@@ -271,8 +239,7 @@ def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, str]) -> dict:
             stream.write(line)
             digest.update(line)
             for key, value in row.items():
-                is_text = isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\d($|[T ]\d)", value)
-                kinds[key] = "string" if is_text else kinds.get(key, "json")
+                kinds.setdefault(key, set()).add(find_type(value))
             shown = row if count <= 12 else shown
     print(f"{file.name}: {count:,} rows. Row {min(count, 12) - 1}, counted from 0:", shown, sep="\n")
     return {"rows": count, "sha256": digest.hexdigest()}
@@ -280,7 +247,7 @@ def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, str]) -> dict:
 
 def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Writes train.jsonl and, where rows are held out, validation.jsonl, and a card; returns what they are."""
-    if (args.rows or 0) < 0:
+    if args.rows is not None and args.rows < 1:
         fail(f"--rows (make: ROWS) is {args.rows}: give 1 or more, or leave it out for all.")
     origin, last = download.describe("dataset", name, args.dataset_revision), deque()
     splits = {"train": args.dataset_train_split, "validation": args.dataset_test_split}
@@ -302,7 +269,11 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     if train.keys() - {"tools"} != held_out.keys() - {"tools"}:
         cause = f"{name!r}: rows to train on are read as {', '.join(train)}, held-out ones as {', '.join(held_out)}"
         fail(f"{cause}. Name the columns of both: --columns (make: COLUMNS=)")
-    found = {key: "json" if "json" in (train.get(key), held_out.get(key)) else "string" for key in train | held_out}
+    found = {key: train.get(key, set()) | held_out.get(key, set()) for key in train | held_out}
+    if mixed := [key for key, types in found.items() if types >= {"date", "word"}]:
+        cause = f"{name!r}: some texts of {mixed[0]} are dates, and some are numbers, true, null or JSON"
+        fail(f"{cause}: the library's reader would change one kind. Put a word beside the dates.")
+    found = {key: "json" if types & {"json", "date"} else "string" for key, types in found.items()}
     kinds = [{"name": key, "dtype": kind} for key, kind in found.items()]
     card = {"license": origin["license"], "dataset_info": {"features": kinds}}
     card = f"---\n{json.dumps(card, indent=1)}\n---\nRows of {name}, as run.json describes them.\n"
