@@ -18,8 +18,7 @@
 
     python 01_download.py --model_name_or_path embedded --dataset_name DATA --output_dir out
 
-Reads   a model: hub id, folder, or "embedded" (SmolLM2-135M-Instruct, out of a Python package: no account needed);
-        a data set: hub id, folder, or .jsonl, .json, .csv or .parquet file.
+Reads   a model: hub id, folder, or "embedded"; a data set: hub id, folder, or .jsonl, .json, .csv or .parquet file.
 Writes  out/base-model/ and out/dataset/, each with a run.json that says what it is; with --only into out/ itself.
 """
 
@@ -99,14 +98,17 @@ def check_model(folder: Path, name: str, weights: bool = True) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in CONFIG_MAPPING:
         return  # only other code could tell, and none of a model runs here
-    (kind, *_), causal = config.get("architectures") or ["ForCausalLM"], ("ForCausalLM", "LMHeadModel")
+    kind = (config.get("architectures") or [config["model_type"] + "ForCausalLM"])[0]
     signs = {"vision_config": "vision-language", "audio_config": "speech", "is_encoder_decoder": "encoder-decoder"}
-    if (what := " and ".join(signs[sign] for sign in signs if config.get(sign))) or not kind.endswith(causal):
+    what = " and ".join(signs[sign] for sign in signs if config.get(sign))
+    if what or not kind.endswith(("ForCausalLM", "LMHeadModel")):
         sys.exit(f"error: {name!r} is a {kind} ({what or 'no causal language model'}). Give one of text alone.")
-    if (bits := config.get("quantization_config")) and (by := bits.get("quant_method", "MLX")) != "bitsandbytes":
-        sys.exit(f"error: {name!r} is quantized ({by}), and not trained here. Give the model that it was made of.")
-    if bits or not weights:
+    if bits := config.get("quantization_config"):
+        sys.exit(f"error: {name!r} is quantized ({bits.get('quant_method', 'MLX')}). Give what it was made of.")
+    if not weights:
         return
+    if not any(folder.glob("*.safetensors")):
+        sys.exit(f"error: {name!r} has no safetensors weights. Pickled ones are not loaded: save it as safetensors.")
     options = dict(device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)  # meta: takes no memory
     _, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     if missing := loading["missing_keys"] | {key for key, *shapes in loading["mismatched_keys"]}:
@@ -123,8 +125,6 @@ def fetch_model(name: str, args: Arguments, folder: Path) -> dict:
     if commit := origin.get("revision"):
         check_model(Path(hf_hub_download(name, "config.json", revision=commit)).parent, name, weights=False)
         source = Path(snapshot_download(name, revision=commit, **MODEL_FILES))
-    if not any(source.glob("*.safetensors")):
-        sys.exit(f"error: {name!r} has no safetensors weights. Pickled ones are not loaded: save it as safetensors.")
     check_model(source, name)
     if not commit:
         digest = hashlib.sha256()

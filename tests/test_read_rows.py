@@ -221,7 +221,11 @@ def test_dates_beside_numbers_are_refused(refuse, tmp_path):
         ("rows.csv", "question,answer\nq,a\nq, with comma,a\n", "rows.csv, line 3 has 3 fields, and the first line 2"),
         ("rows.csv", "text\n", "'rows.csv' has no rows"),
         ("rows.csv", "text,text,,\na,b,,\n", "rows.csv has several columns text. Give each a name of its own"),
-        ("rows.csv", "What is it?,It is\n" * 2, "has the columns ['What is it?', 'It is']: not text, messages, or"),
+        (
+            "rows.csv",
+            "What is it?,It is\n" * 2,
+            "has the columns What is it?, It is: not text, messages, or prompt and completion; name them: --columns q",
+        ),
         ("latin.csv", "question,answer\nä,ö\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"),
         ("rows.parquet", "PAR1xx", "rows.parquet is cut off, or not what its ending says: "),
         ("rows.xlsx", "PK", "'rows.xlsx' has no file of rows, but .xlsx. Save rows as .jsonl, .ndjson, .json, .csv"),
@@ -374,6 +378,9 @@ def test_folders_that_are_not_clear_are_refused(files, said, refuse, tmp_path):
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
+USER = {"role": "user", "content": "q"}
+
+
 def say(*words, system=()) -> list:
     turns = [("system", system)] * bool(system) + [*zip(["user", "assistant"] * 9, words, strict=False)]
     return [{"role": role, "content": text} for role, text in turns]
@@ -524,7 +531,7 @@ def test_columns_of_any_name_can_be_named(columns, expected, fetch, tmp_path):
         ("frage:prompt,antwort:prompt", "'prompt' is made of two columns. Give one of them"),
         (
             "frage:prompt",
-            "questions without answers, as GRPO asks. Add the answers, or name them: --columns prompt:prompt,",
+            "questions without answers, as GRPO asks. Add the answers, or name them: --columns frage:prompt,antwort:",
         ),
     ],
 )
@@ -550,11 +557,20 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
             "questions without answers, as GRPO asks. Add the answers, or name them: --columns question:prom",
         ),
         ({"question": "q", "answers": "a"}, "name them: --columns question:prompt,answers:completion (make: COLUMNS=)"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "b", "weight": 0}]},
+            "row 1: a message is not to be learned (weight 0), and all are. Make a prompt of it and those before it",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b", "train": False}]},
+            "row 1: a message is not to be learned",
+        ),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "rows of multiple choice. Write the right one out"),
         ({"image": "x", "text": "a"}, "rows with images, and text alone is trained here"),
         ({"message_id": "1", "parent_id": "0", "text": "a"}, "rows of a tree of messages"),
         (
             {"title": "t", "abstract": "a"},
-            "not text, messages, or prompt and completion; name them: --columns question:",
+            "not text, messages, or prompt and completion; name them: --columns title:prompt,abs",
         ),
         ({"question": "q", "answer": {"text": ["a"]}}, "row 1: {'text': ['a']} in answer is no text"),
         ({"question": "q", "answer": 2.5}, "row 1: 2.5 in answer is no text. Put it in quotes"),
@@ -565,7 +581,7 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]}, "holds no text, and text"),
         ({"messages": [{"speaker": "x", "text": "a"}]}, "row 1: a message has the keys speaker, text, and no role"),
         ({"messages": [{"role": "user", "content": 5}]}, "row 1: 5 in content is no text"),
-        ({"messages": [["a", "b"]]}, "has the columns ['messages']: not text, messages, or prompt and completion"),
+        ({"messages": [["a", "b"]]}, "has the columns messages: not text, messages, or prompt and completion"),
         (
             {"messages": [{"role": "user", "content": "", "name": None}]},
             "1 of 1 rows have an empty question or answer (first: row 1)",

@@ -132,7 +132,7 @@ def test_what_is_wrong_is_named_and_the_rest_is_said(tiny_model, bare_model, tmp
         (("--validation_rows", "28"), "VALIDATION_ROWS) is 28: give 0 to 27"),
         (("--lora_target_modules", "wrong"), "model: --lora_target_modules: Target modules wrong not found"),
         (("--model_name_or_path", "no/such/model"), "model: there is no {}/no/such/model. Give a folder, or a hub id"),
-        (("--dataset_name", "no.jsonl"), "rows: cannot read the dataset 'no.jsonl': there is no"),
+        (("--dataset_name", "no.jsonl"), "rows: there is no file {}/no.jsonl. Give one that there is"),
     ],
 )
 def test_each_mistake_is_a_line(options, said, tiny_model, question_rows, tmp_path, try_out, monkeypatch):
@@ -303,11 +303,14 @@ def test_the_next_command_has_the_variables_of_make(tmp_path, monkeypatch):
     clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     flags = subprocess.run(["make", "-s", *given], cwd=tmp_path, env=clean, capture_output=True, text=True).stdout
     monkeypatch.setenv("MAKEFLAGS", flags.removesuffix("\n"))
-    args = SimpleNamespace(model_name_or_path="model", dataset_name="my data")
+    args = SimpleNamespace(model_name_or_path="embedded", dataset_name="it's a \\file $1")
     name_next = load("chain/try_out.py").name_next
     assert shlex.split(name_next(args)) == ["make", "train-lora", *given]
-    monkeypatch.delenv("MAKEFLAGS")
+    monkeypatch.delenv("MAKEFLAGS")  # where they come from the environment
+    args = SimpleNamespace(model_name_or_path="model", dataset_name="my data")
     assert shlex.split(name_next(args)) == ["make", "train-lora", "BASE_MODEL=model", "DATASET=my data"]
+    args = SimpleNamespace(model_name_or_path="embedded", dataset_name="data")
+    assert name_next(args) == "make train-lora"
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "org/gated"])

@@ -96,7 +96,8 @@ def count_parameters(config, model_args=None, layers: int | None = None, **optio
         if model_args is None:
             return model.num_parameters(), [], type(model).__name__
         adapted = get_peft_model(model, get_peft_config(model_args))
-    targets = sorted({name.rpartition(".")[2] for name in adapted.peft_config["default"].target_modules})
+    found = [*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names]
+    targets = sorted({name.rpartition(".")[2] for name in found})
     return adapted.num_parameters(only_trainable=True), targets, type(model).__name__
 
 
@@ -119,7 +120,11 @@ def try_memory(model: dict, options: list[str], longest: int | None, machine: tu
     if reason := unknown_to(config, asked["lora_target_modules"]):
         return [], [f"not predicted: {reason}; the weights alone: {model['total'] * model['width'] / 2**30:.1f} GiB"]
     plain = {"load_in_4bit": False, "load_in_8bit": False}
-    for label, base, change in (("LoRA", {}, plain), ("QLoRA", QLORA, {"load_in_4bit": True}), ("full", {}, plain)):
+    for label, base, change in (
+        ("LoRA", {}, plain),
+        ("QLoRA", QLORA, {"load_in_4bit": True}),
+        ("full", {}, plain | {"dtype": "float32"}),
+    ):
         method, settings = "full" if label == "full" else "lora", read_settings(options, base)[0] | change
         if settings["dtype"] == "auto":  # the checkpoint's own
             settings["dtype"] = config.get("dtype") or "float32"
@@ -146,7 +151,7 @@ def try_disk(model: dict, settings: tuple, steps: int, args: argparse.Namespace,
     count = min(left, (training.save_total_limit or left) + 1)
     linked = Path(args.model_name_or_path).exists()
     sizes = {"base model": 0 if linked else model["weights"] or model["total"] * model["width"]}
-    for name, number, width in (("LoRA", "trainable", 4), ("full", "total", 2 if "16" in str(model_args.dtype) else 4)):
+    for name, number, width in (("LoRA", "trainable", 4), ("full", "total", 4)):
         sizes[name] = int(model[number] * width + count * (model[number] * (width + 8) + 2**25))
     sizes["merged"] = model["total"] * model["width"]
     free = shutil.disk_usage(next(path for path in (args.out, *args.out.absolute().parents) if path.exists())).free

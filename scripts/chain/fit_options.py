@@ -71,8 +71,9 @@ def check_targets(name: str, config: PreTrainedConfig, model_args: ModelConfig) 
     have = f"Linear layers of {name!r}: {' '.join(plain)}"
     if experts:
         have += f". Its experts, for --lora_target_parameters: {' '.join(dict.fromkeys(experts.values()))}"
+    wanted = get_peft_config(model_args)
     try:
-        model = inject(model, get_peft_config(model_args))
+        model = inject(model, wanted)
     except ValueError as error:
         reason, advice = " ".join(str(error).split()).rstrip("."), "Name others, or all-linear"
         if "lora_dropout" in reason:
@@ -111,13 +112,16 @@ def fit_options(name: str, config: PreTrainedConfig, model_args: ModelConfig, ar
         chosen = choose_targets(config, model_args, experts=bool(given))
         model_args.lora_target_modules = chosen if len(chosen) > 1 else chosen[0]
         if chosen != [targets]:
-            reason = f"LoRA does not take all linear layers of {kind}" if given else f"PEFT knows no targets for {kind}"
+            reason = f"LoRA does not take all linear layers of {kind}" if given else f"PEFT has no targets for {kind}"
+            if given and model_args.lora_dropout and list_experts(build(config)):
+                reason = f"LoRA takes the experts of {kind} with --lora_dropout 0 alone"
             what = "all linear layers" if chosen == ["all-linear"] else " ".join(chosen)
             print(f"note: {reason}. Taken: {what}. Others: --lora_target_modules NAMES")
             options += ["--lora_target_modules", *chosen]
     left = check_targets(name, config, model_args)
     if left and (not given or targets == "all-linear"):
-        print(
-            f"note: LoRA leaves its experts out. With them: --lora_target_parameters {' '.join(left)} --lora_dropout 0"
-        )
+        names = model_args.lora_target_modules
+        with_them = f"--lora_target_modules {names if isinstance(names, str) else ' '.join(names)}"
+        with_them += f" --lora_target_parameters {' '.join(left)} --lora_dropout 0"
+        print(f"note: LoRA leaves its experts out. With them: {with_them}")
     return options

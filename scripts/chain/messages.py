@@ -45,6 +45,10 @@ def to_message(turn: dict) -> dict:
             raise ValueError(f"a message holds {', '.join(sorted(kinds - {'text'}))}, and text alone is trained here")
         if not isinstance(content, str | None):
             raise ValueError(f"{content!r} in content is no text. Put it in quotes, or a word beside it")
+    if turn.get("weight") == 0 or turn.get("train") is False:
+        raise ValueError(
+            "a message is not to be learned (weight 0), and all are. Make a prompt of it and those before it"
+        )
     if turn.get("tool_calls"):
         new["tool_calls"] = [read_arguments(call) for call in turn["tool_calls"]]
     return new

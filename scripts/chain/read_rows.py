@@ -25,7 +25,7 @@ from records import load_script
 
 download = load_script("01_download.py")  # reads .env, before the imports below look at the environment
 
-from find_rows import Part, find_rows
+from find_rows import KINDS, Part, find_kind, find_rows
 from messages import join_parts, read_history, to_messages
 
 # Pairs of columns that are a prompt and its completion, the first that is there; INPUTS are added to the prompt.
@@ -46,6 +46,8 @@ OTHER = {
     "label is another thing: --columns prompt:prompt,completion:completion (make: COLUMNS=)",
     ("images",): IMAGES,
     ("image",): IMAGES,
+    ("question", "choices"): "of multiple choice. Write the right one out as answer, or, where it is a text, name it: "
+    "--columns question:prompt,answer:completion (make: COLUMNS=)",
     ("message_id", "parent_id"): "of a tree of messages, each with the one before it. Give whole conversations",
 }
 MANY = 0.1  # share of the rows: with more of them empty it is another fault
@@ -113,8 +115,10 @@ def name_columns(columns: list[str], asked: str | None) -> dict[str, str]:
     return {old: new for old, new in names.items() if old not in given and new not in gone} | given
 
 
-def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str], Callable[[dict], dict]]:
-    """What rows are read as, from which columns, and what makes a row of training of one; exits at other rows."""
+def find_form(name: str, names: dict[str, str], first: dict) -> tuple[str, list[str], Callable[[dict], dict]]:
+    """What rows are read as, from which columns, and what makes a row of training of one; exits at other rows.
+    names: the columns, by the names of name_columns."""
+    columns, given = [*names.values()], {new: old for old, new in names.items()}
     refuse_other_rows(name, columns)
     pair = next((pair for pair in PAIRS if {*columns} >= {*pair}), None)
     chat = next((key for key in CHATS if re.match(r"\[\s*[{\]]", str(first.get(key)).lstrip())), None)
@@ -160,13 +164,16 @@ def find_form(name: str, columns: list[str], first: dict) -> tuple[str, list[str
         kinds = "messages" if said.endswith("both") else "prompt and completion"
         return f"{said} {kinds}", [*used, *tools], partial(add_tools, read_pair)
     if "text" not in columns:
-        what, give = "not text, messages, or prompt and completion;", "--columns question:prompt,answer:completion"
+        what, two = "not text, messages, or prompt and completion;", ["question", "answer"]
+        if len(names) == 2 and re.fullmatch(r"[\w.-]+ [\w.-]+", " ".join(names)):  # and no first row
+            two = [*names]
         if asked := [pair[0] for pair in PAIRS if pair[0] in columns]:
-            others = [column for column in columns if column != asked[0]]
-            near = [column for column in others if get_close_matches(column, [pair[1] for pair in PAIRS])]
-            give = f"--columns {asked[0]}:prompt,{(near or ['ANSWERS'])[0]}:completion"
             what = "questions without answers, as GRPO asks. Add the answers, or"
-        fail(f"{name!r} has the columns {columns}: {what} name them: {give} (make: COLUMNS=)")
+            others = [column for column in columns if column != asked[0]]
+            near = [given[column] for column in others if get_close_matches(column, [pair[1] for pair in PAIRS])]
+            two = [given[asked[0]], *near, "ANSWERS"]
+        give = f"--columns {two[0]}:prompt,{two[1]}:completion (make: COLUMNS=)"
+        fail(f"{name!r} has the columns {', '.join(names)}: {what} name them: {give}")
     return "text", ["text"], lambda row: {"text": to_text(row, ["text"])}
 
 
@@ -179,7 +186,7 @@ def convert_rows(name: str, part: Part, asked: str | None) -> Iterator[dict]:
         first |= {new: row[old] for old, new in names.items() if first.get(new) is None and row.get(old) is not None}
     if not first:
         fail(f"{name!r} has no rows in {', '.join(part.files)}. Give files with rows.")
-    form, used, convert = find_form(name, [*names.values()], first)
+    form, used, convert = find_form(name, names, first)
     changed, empty, number = False, [], 0
     for number, row in enumerate(part.read(), 1):
         row = {new: row.get(old) for old, new in names.items()}
@@ -241,7 +248,8 @@ def write_rows(rows: Iterable[dict], file: Path, kinds: dict[str, set]) -> dict:
             for key, value in row.items():
                 kinds.setdefault(key, set()).add(find_type(value))
             shown = row if count <= 12 else shown
-    print(f"{file.name}: {count:,} rows. Row {min(count, 12) - 1}, counted from 0:", shown, sep="\n")
+    if count:
+        print(f"{file.name}: {count:,} rows. Row {min(count, 12) - 1}, counted from 0:", shown, sep="\n")
     return {"rows": count, "sha256": digest.hexdigest()}
 
 
@@ -249,6 +257,8 @@ def fetch_dataset(name: str, args: Arguments, folder: Path) -> dict:
     """Writes train.jsonl and, where rows are held out, validation.jsonl, and a card; returns what they are."""
     if args.rows is not None and args.rows < 1:
         fail(f"--rows (make: ROWS) is {args.rows}: give 1 or more, or leave it out for all.")
+    if not Path(name).exists() and find_kind(name)[0] in KINDS:
+        fail(f"there is no file {Path(name).absolute()}. Give one that there is, a folder, or a hub id.")
     origin, last = download.describe("dataset", name, args.dataset_revision), deque()
     splits = {"train": args.dataset_train_split, "validation": args.dataset_test_split}
     parts = find_rows(name, origin.get("revision"), args.dataset_config, splits, args.rows)

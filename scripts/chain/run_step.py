@@ -250,7 +250,7 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            advice = find_advice(stop, HUB) if stop.__context__ else ""
+            advice = find_advice(stop.__context__, HUB) if stop.__context__ else ""  # not of the script's own words
             fail(advice if "is gated" in advice else f"{stop.code.removeprefix('error: ')}\n{advice}".rstrip())
         if stop.code:
             if folder and stop.code > 128 and list_checkpoints(folder):

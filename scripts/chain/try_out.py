@@ -151,7 +151,8 @@ def try_rows(args: argparse.Namespace, folder: Path, missing: list[str]) -> dict
         missing.append(f"rows: VALIDATION_ROWS={held_out} of {total}. Give fewer")
     show("rows", f"{name}: {about}{total:,}{f', the first {read:,} are read here' * (read < total)}: {form}")
     show("", *said.partition("train.jsonl: ")[0].splitlines())
-    show("", f"held out: {f'the last {held_out:,}' if held_out else f'{own:,} of its own' if own else 'none'}")
+    none = "none, which make evaluate needs: VALIDATION_ROWS=N"
+    show("", f"held out: {f'the last {held_out:,}' if held_out else f'{own:,} of its own' if own else none}")
     return {"read": read, "train": total - held_out, "about": about, "form": form}
 
 
@@ -179,11 +180,12 @@ def try_tokens(name: str, model: Path, data: Path, options: list, report: Path, 
 
 def name_next(args: argparse.Namespace) -> str:
     """The command that trains so: Make leaves the variables of its command line in MAKEFLAGS."""
-    words = [f"BASE_MODEL={args.model_name_or_path}", f"DATASET={args.dataset_name}"]
-    if (flags := os.environ.get("MAKEFLAGS")) is not None:
-        words = reversed(re.findall(r"(?:\\.|\S)+", flags.partition("-- ")[2]))
-        words = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$") for word in words]
-    pairs = [word.partition("=") for word in words]
+    words = reversed(re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2]))
+    pairs = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
+    given = {"BASE_MODEL": args.model_name_or_path, "DATASET": args.dataset_name}  # also from the environment
+    usual = {"BASE_MODEL": "embedded", "DATASET": "data"}
+    typed = {name for name, *_ in pairs}
+    pairs += [(name, "=", value) for name, value in given.items() if name not in typed and value != usual[name]]
     return " ".join(["make train-lora", *(f"{name}={shlex.quote(value)}" for name, _, value in pairs)])
 
 
@@ -207,8 +209,8 @@ def main() -> None:
             recipe = ["--config", choose_fast(recipe, model["folder"], report, options, Path(folder, "fast.yaml"))]
             settings = attempt(audit_tokens.read_options, options=[*recipe, *options])[0]
         facts, training = {"rows": rows, "tokens": tokens}, settings[2]
-        lengths, about = tokens.get("lengths_by_tenths", []), rows.get("about", "")
-        mean = sum(min(each, training.max_length or each) for each in lengths) / 11
+        about = rows.get("about", "")
+        mean = tokens["tokens"] / max(tokens["rows"], 1) if tokens else 0
         facts["steps"] = steps = count_steps(rows["train"], mean, training) if tokens else 0
         if tokens:
             batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
