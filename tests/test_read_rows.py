@@ -586,6 +586,7 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
             {"messages": [{"role": "user", "content": "", "name": None}]},
             "1 of 1 rows have an empty question or answer (first: row 1)",
         ),
+        ({"prompt": "q", "completion": None}, "1 of 1 rows have an empty question or answer (first: row 1)"),
         ({"prompt": "q", "completion": " "}, "1 of 1 rows have an empty question or answer (first: row 1)"),
     ],
 )

@@ -158,7 +158,7 @@ def find_form(name: str, names: dict[str, str], first: dict) -> tuple[str, list[
     if pair:
         asked = [pair[0], *(key for key in INPUTS if key in columns and key not in pair and pair != PAIRS[0])]
         used = [*system, *history, *asked, pair[1]]
-        chatty = system or history or any(is_listed(first[key]) for key in pair)
+        chatty = system or history or any(is_listed(first.get(key)) for key in pair)
         said = f"{'alpaca' if pair == PAIRS[1] else 'pairs'}: {', '.join(used[:-1])} and {pair[1]} become"
         said = "prompt and completion, both texts or both" if pair == PAIRS[0] and not (system or history) else said
         kinds = "messages" if said.endswith("both") else "prompt and completion"
