@@ -41,7 +41,7 @@ def assert_near(metrics: dict) -> None:
 def test_train_merge_compare_infer_evaluate(make):
     steps = "ARGS=--max_steps 9 --logging_steps 3"
     said = make("train-lora", steps)
-    assert "num_rows: 302" in said and "trainable params: 4,884,480" in said
+    assert "train.jsonl: 302 rows" in said and "trainable params: 4,884,480" in said
     model = make.output / "base-model"
     assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 30
     assert (model / "model.safetensors").stat().st_size > 5e8

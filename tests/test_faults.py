@@ -666,7 +666,7 @@ def test_data_without_checksums_is_refused_where_it_cannot_be_read(good, tmp_pat
                 file = tmp_path / f"{number}-{how}.{kind}"
                 shutil.copy(tmp_path / f"whole.{kind}", file)
                 damage(file, how)
-                args = ["--", ROOT / "scripts/01_download.py", "--only", "dataset", "--dataset_name", file]
+                args = ["--", ROOT / "scripts/chain/read_rows.py", "--dataset_name", file]
                 result = start([tmp_path / "out", *args]).wait()
                 counts.setdefault(f"data without checksums, {how}, refused: {kind}", [0, 0])[1] += 1
                 if result.returncode:
@@ -697,8 +697,14 @@ def make_hub(sent: list, breaks: int):
                 if "/tree/" in self.path:
                     tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in MODEL.items()]
                     content = json.dumps(tree).encode()
-            else:
+            elif name in MODEL:
                 content = MODEL[name]
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             first = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").split("-")[0])
             self.send_response(206 if first else 200)
             headers = {"Content-Length": len(content) - first, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}

@@ -250,7 +250,8 @@ def run_script(script: Path, options: list[str], prediction: dict, folder: Path 
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            advice = find_advice(stop.__context__, HUB) if stop.__context__ else ""  # not of the script's own words
+            cause = None if stop.__suppress_context__ else stop.__context__  # not the script's own words
+            advice = find_advice(cause, HUB) if cause else ""
             fail(advice if "is gated" in advice else f"{stop.code.removeprefix('error: ')}\n{advice}".rstrip())
         if stop.code:
             if folder and stop.code > 128 and list_checkpoints(folder):
