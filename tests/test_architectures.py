@@ -71,7 +71,7 @@ ARCHITECTURES = {
     "RecurrentGemma": ("recurrent_gemma", SMALL | GROUPED | {"num_hidden_layers": 3, "lru_width": 32}),
     "RWKV": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64}),
 }
-SHORT = ("Llama, tied", "GPT-2", "Gemma 3", "Mixtral", "Granite-MoE")
+SHORT = ("Llama, tied", "GPT-2", "Gemma 3", "Mixtral")
 TESTED = ARCHITECTURES if os.environ.get("ARCHITECTURES") == "all" else SHORT
 NEARLY = ("Mamba", "Falcon-Mamba", "Jamba")  # which round otherwise in a batch of another size
 ROW = "{:14} {:7} loss {:.6f}, plain PyTorch {:.6f}, apart {:.1e}; {}"
