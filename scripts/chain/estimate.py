@@ -39,10 +39,9 @@ def count_rows(args: argparse.Namespace, read: int) -> tuple[int, str]:
             if count % 1000 == 0 and time.monotonic() - begin > COUNTING:
                 return count, "at least "
         return count, ""
-    infos = (list_files(name, download.describe("dataset", name, args.dataset_revision)["revision"])[2] or {}).get(
-        "dataset_info"
-    )
-    for info in infos if isinstance(infos, list) else [infos or {}]:
+    card = list_files(name, download.describe("dataset", name, args.dataset_revision)["revision"])[2] or {}
+    infos = card.get("dataset_info") or []
+    for info in infos if isinstance(infos, list) else [infos]:
         for split in info.get("splits") or []:
             wanted = (config or info.get("config_name"), splits["train"] or "train")
             if (info.get("config_name"), split["name"]) == wanted:
@@ -89,16 +88,16 @@ def build(config, layers: int | None = None, **options) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, **options)
 
 
-def count_parameters(config, model_args=None, layers: int | None = None, **options) -> tuple[int, list[str], str]:
-    """Parameters of a model, or of a LoRA adapter of it and where these are; and its class. Takes no memory."""
+def count_parameters(config, model_args=None, layers: int | None = None, **options) -> tuple[int, list[str]]:
+    """Parameters of a model, or of a LoRA adapter of it and where these are. Takes no memory."""
     with torch.device("meta"):
         model = build(config, layers, **options)
         if model_args is None:
-            return model.num_parameters(), [], type(model).__name__
+            return model.num_parameters(), []
         adapted = get_peft_model(model, get_peft_config(model_args))
     found = [*adapted.base_model.targeted_module_names, *adapted.base_model.targeted_parameter_names]
     targets = sorted({name.rpartition(".")[2] for name in found})
-    return adapted.num_parameters(only_trainable=True), targets, type(model).__name__
+    return adapted.num_parameters(only_trainable=True), targets
 
 
 # What it takes --------------------------------------------------------------------------------------------------------
