@@ -173,7 +173,7 @@ push: $(call result,$(from)) | $(VENV)/installed ## upload FROM=adapter|full|mer
 	@$(call finish,$(from)) > /dev/null
 	$(STEP) --reads $(OUT)/$(from) -- scripts/chain/push_model.py --folder $(call folder_of,$(from)) --repo_id="$$REPO" $(ARGS)
 test: $(VENV)/tested ## run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, cut the power, and see that nothing is lost (long)
 	@FAULTS=full $(PY) -m pytest $(foreach name,faults resume runner bad_input security,tests/test_$(name).py) -v -s -p no:warnings $(ARGS)
 gpu-check: ## prove each path on the accelerator in 8 minutes, and measure it; without setup in PYTHON, which needs torch

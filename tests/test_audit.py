@@ -569,6 +569,9 @@ def test_options_that_would_be_ignored_are_refused(audit, tmp_path):
     said, report = audit([MESSAGES], "--completion_only_loss", "true")
     assert report is None and "--completion_only_loss, and the rows have no prompt." in said
     shutil.rmtree(tmp_path / "rows")
+    said, report = audit([MESSAGES], "--model_revision", "v1")
+    assert report is None and "is a folder. Give it to make download" in said
+    shutil.rmtree(tmp_path / "rows")
     said, report = audit([MESSAGES], "--dataset_config", "b")
     assert report is None and "--dataset_config is refused: other rows would be learned" in said
 

@@ -559,7 +559,7 @@ def test_columns_that_are_named_wrongly_are_answered_with_those_there_are(column
         ({"question": "q", "answers": "a"}, "name them: --columns question:prompt,answers:completion (make: COLUMNS=)"),
         (
             {"messages": [USER, {"role": "assistant", "content": "b", "weight": 0}]},
-            "row 1: a message is not to be learned (weight 0), and all are. Make a prompt of it and those before it",
+            "row 1: a message is not to be learned (weight 0), and all are. Make a prompt of it and those before",
         ),
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b", "train": False}]},
@@ -601,6 +601,14 @@ def test_texts_and_messages_are_not_mixed(refuse, fetch, tmp_path):
     assert fetch("turned.jsonl")[1] == [messages] * 2
     (tmp_path / "out").rename(tmp_path / "done")
     refuse("rows.jsonl", "row 2: it has messages, where the first row has texts. Mend that row, or leave it out")
+
+
+def test_an_input_beside_messages_is_not_lost(refuse, fetch, tmp_path):
+    row = {"instruction": say("q"), "input": "", "output": "a"}
+    write(tmp_path, {"rows.jsonl": [row], "more.jsonl": [row, row | {"input": "b"}]})
+    assert fetch("rows.jsonl")[1] == [{"prompt": say("q"), "completion": answer("a")}]
+    (tmp_path / "out").rename(tmp_path / "done")
+    refuse("more.jsonl", "row 2: instruction has messages, and input a text. Put that into a message. Mend that row")
 
 
 def test_what_was_chosen_can_be_learned(fetch, tmp_path):

@@ -298,7 +298,7 @@ def test_make_tries_with_the_recipe_of_a_training_and_makes_nothing(tmp_path):
 
 
 def test_the_next_command_has_the_variables_of_make(tmp_path, monkeypatch):
-    given = ["OUT=a", "ARGS=--lora_r 8 --eos_token '<|end|>'", "DATASET=it's a \\file $$1"]
+    given = ["DATASET=it's a \\file $$1", "OUT=a", "ARGS=--lora_r 8 --eos_token '<|end|>'"]
     (tmp_path / "Makefile").write_text("try:\n\t@printenv MAKEFLAGS\n")
     clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     flags = subprocess.run(["make", "-s", *given], cwd=tmp_path, env=clean, capture_output=True, text=True).stdout
@@ -311,6 +311,9 @@ def test_the_next_command_has_the_variables_of_make(tmp_path, monkeypatch):
     assert shlex.split(name_next(args)) == ["make", "train-lora", "BASE_MODEL=model", "DATASET=my data"]
     args = SimpleNamespace(model_name_or_path="embedded", dataset_name="data")
     assert name_next(args) == "make train-lora"
+    monkeypatch.setenv("MAKEFLAGS", "s -- ARGS=--model_revision\\ v1\\ --lora_r\\ 8\\ --dataset_revision=v2 OUT=a")
+    download = "make download OUT=a ARGS='--model_revision v1 --dataset_revision=v2'"
+    assert name_next(args) == f"{download} && make train-lora OUT=a ARGS='--lora_r 8'"
 
 
 @pytest.mark.parametrize("name", ["org/tiny", "org/gated"])

@@ -291,6 +291,8 @@ def main() -> None:
     script_args, model_args, args = read_options()
     name, data = model_args.model_name_or_path, script_args.dataset_name
     hub = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    if Path(name).exists() and hub["revision"] != "main":
+        fail(f"--model_revision is of a hub model, and {name!r} is a folder. Give it to make download, in ARGS.")
     tokenizer, config, ends = load_tokenizer(name, **hub)
     options, max_length = fit_options(name, config, model_args, args), args.max_length
     splits = (script_args.dataset_train_split, script_args.dataset_test_split)
@@ -299,9 +301,7 @@ def main() -> None:
     if args.eos_token in tokenizer.get_vocab():
         ends.add(tokenizer.convert_tokens_to_ids(args.eos_token))
     if args.completion_only_loss and "prompt" not in rows.column_names:
-        fail(
-            "--completion_only_loss, and the rows have no prompt. Leave it out; of messages: --assistant_only_loss true"
-        )
+        fail("--completion_only_loss, and the rows have no prompt. Leave it out; messages: --assistant_only_loss true")
     words = set(map(tokenizer.decode, ends))
     problems, held_out_problems = (
         look_at_rows(part or [], tokenizer, words, args.assistant_only_loss, kind)
@@ -327,10 +327,8 @@ def main() -> None:
     print(f"\nRow {number}, counted from 0 (what is learned is green, or between [[ and ]]):")
     print(show_row(trainer.train_dataset[number], tokenizer))
     if "strftime_now" in str(tokenizer.chat_template):
-        print(
-            "note: the chat template writes today's date. Tomorrow the same rows have other tokens, for a training that"
-        )
-        print("goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
+        print("note: the chat template writes today's date. Tomorrow the same rows have other tokens, for a training")
+        print("that goes on then, make evaluate and make reproduce. Without a date: --chat_template_path FILE")
     if differ := look_at_prompts(rows, trainer.train_dataset, tokenizer):
         problems[PROMPT] = differ
     if differ := look_at_earlier_answers(rows, tokenizer):

@@ -15,9 +15,9 @@ import torch
 from find_rows import find_rows, list_files
 from folders import fail, read_record
 from huggingface_hub import HfApi, snapshot_download
-from memory import QLORA, fits, predict_memory, unknown_to
+from memory import QLORA, unknown_to
 from peft import get_peft_model
-from predict_memory import judge_memory, judge_needs, read_settings
+from predict_memory import judge_memory, judge_needs, predict, read_settings
 from records import load_script
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
@@ -119,19 +119,15 @@ def try_memory(model: dict, options: list[str], longest: int | None, machine: tu
     if reason := unknown_to(config, asked["lora_target_modules"]):
         return [], [f"not predicted: {reason}; the weights alone: {model['total'] * model['width'] / 2**30:.1f} GiB"]
     plain = {"load_in_4bit": False, "load_in_8bit": False}
-    for label, base, change in (
-        ("LoRA", {}, plain),
-        ("QLoRA", QLORA, {"load_in_4bit": True}),
-        ("full", {}, plain | {"dtype": "float32"}),
-    ):
+    ways = {"LoRA": ({}, plain), "QLoRA": (QLORA, {"load_in_4bit": True}), "full": ({}, plain | {"dtype": "float32"})}
+    for label, (base, change) in ways.items():
         method, settings = "full" if label == "full" else "lora", read_settings(options, base)[0] | change
         if settings["dtype"] == "auto":  # the checkpoint's own
             settings["dtype"] = config.get("dtype") or "float32"
         tokens = settings["max_length"]
         tokens = tokens if settings["packing"] else min(tokens, longest or tokens)
-        sizes = predict_memory(config, method, settings, tokens, where)
-        fit = fits(sizes["peak"], where, memory)
-        predictions.append({"method": method, "tokens": tokens, "settings": settings, "bytes": sizes, "fits": fit})
+        predictions.append(predict(config, method, settings, tokens, where, memory))
+        sizes, fit = predictions[-1]["bytes"], predictions[-1]["fits"]
         parts = ("weights", "gradients", "optimizer", "activations", "logits")
         parts = ", ".join(f"{part} {sizes[part] / 2**30:.1f}" for part in parts)
         lines.append(f"{label:6}{sizes['peak'] / 2**30:8.1f}  {'fits' if fit else 'does not fit':14}{parts}")
@@ -145,7 +141,8 @@ def try_memory(model: dict, options: list[str], longest: int | None, machine: tu
 def try_disk(model: dict, settings: tuple, steps: int, args: argparse.Namespace, missing: list[str]) -> tuple:
     """Bytes that each result takes; checkpoints keep 8 bytes for a parameter besides, as run_step.py counts them."""
     _, model_args, training = settings
-    every = {"steps": training.save_steps, "epoch": steps / training.num_train_epochs, "no": math.inf}
+    save_steps = training.save_steps if training.save_steps >= 1 else math.ceil(steps * training.save_steps)
+    every = {"steps": save_steps, "epoch": steps / training.num_train_epochs, "no": math.inf}
     left = math.ceil(steps / every.get(training.save_strategy, steps))
     count = min(left, (training.save_total_limit or left) + 1)
     linked = Path(args.model_name_or_path).exists()

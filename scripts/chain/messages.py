@@ -46,9 +46,7 @@ def to_message(turn: dict) -> dict:
         if not isinstance(content, str | None):
             raise ValueError(f"{content!r} in content is no text. Put it in quotes, or a word beside it")
     if turn.get("weight") == 0 or turn.get("train") is False:
-        raise ValueError(
-            "a message is not to be learned (weight 0), and all are. Make a prompt of it and those before it"
-        )
+        raise ValueError("a message is not to be learned (weight 0), and all are. Make a prompt of it and those before")
     if turn.get("tool_calls"):
         new["tool_calls"] = [read_arguments(call) for call in turn["tool_calls"]]
     return new

@@ -162,19 +162,24 @@ def read_training(args: argparse.Namespace, config: dict) -> tuple[str, dict, in
     return method, settings, tokens
 
 
+def predict(config: dict, method: str, settings: dict, tokens: int, where: str, memory: int) -> dict:
+    """The bytes of a training, by part, and whether they fit."""
+    sizes = predict_memory(config, method, settings, tokens, where)
+    fit = fits(sizes["peak"], where, memory)
+    return {"method": method, "tokens": tokens, "settings": settings, "bytes": sizes, "fits": fit}
+
+
 def predict_all(trainings: list[tuple], config: dict, where: str, memory: int) -> list[dict]:
     """A prediction for each training, in a table."""
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead", "peak")
     print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
     predictions = []
     for label, method, settings, tokens in trainings:
-        sizes = predict_memory(config, method, settings, tokens, where)
-        fit = fits(sizes["peak"], where, memory)
+        predictions.append(predict(config, method, settings, tokens, where, memory))
         line = f"{label:26}{settings['per_device_train_batch_size']:6}{tokens:7}"
-        line += "".join(f"{sizes[part] / 2**30:12.2f}" for part in parts)
-        print(f"{line}  {'fits' if fit else 'does not fit'}")
-        method = label if label in METHODS else method
-        predictions.append({"method": method, "tokens": tokens, "settings": settings, "bytes": sizes, "fits": fit})
+        line += "".join(f"{predictions[-1]['bytes'][part] / 2**30:12.2f}" for part in parts)
+        print(f"{line}  {'fits' if predictions[-1]['fits'] else 'does not fit'}")
+        predictions[-1]["method"] = label if label in METHODS else method
     margin = "a fifth of it, by which it may be off" if where == "cpu" else "1 GiB for the driver and 5 % for gaps"
     print(f"What fits: the peak and {margin}.")
     return predictions

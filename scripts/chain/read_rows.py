@@ -142,6 +142,8 @@ def find_form(name: str, names: dict[str, str], first: dict) -> tuple[str, list[
             return {"prompt": question, "completion": answer}
         if not chatty:
             raise ValueError("it has messages, where the first row has texts")
+        if listed[0] and to_text(row, asked[1:]):
+            raise ValueError(f"{pair[0]} has messages, and {' and '.join(asked[1:])} a text. Put that into a message")
         prompt = to_messages(read_history(row.get("history")) + to_messages(question), find_system(row))
         if (said := to_messages(answer, role="assistant")) and said[0]["role"] in ("system", "user"):
             raise ValueError("its answer is a whole conversation. Give --columns OLD:messages (make: COLUMNS=)")

@@ -43,6 +43,7 @@ from run_step import explain
 from transformers import AutoConfig
 
 FIRST = 1000  # rows that are read
+REVISION = r"--(?:model|dataset)_revision[ =]+\S+"  # in ARGS, of the download
 OF_ROWS = ("dataset_revision", "dataset_config", "dataset_train_split", "dataset_test_split", "columns")
 
 
@@ -179,14 +180,19 @@ def try_tokens(name: str, model: Path, data: Path, options: list, report: Path, 
 
 
 def name_next(args: argparse.Namespace) -> str:
-    """The command that trains so: Make leaves the variables of its command line in MAKEFLAGS."""
+    """What trains so, after the download of a revision that is asked for. Make leaves its variables in MAKEFLAGS."""
     words = reversed(re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2]))
     pairs = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
     given = {"BASE_MODEL": args.model_name_or_path, "DATASET": args.dataset_name}  # also from the environment
-    usual = {"BASE_MODEL": "embedded", "DATASET": "data"}
-    typed = {name for name, *_ in pairs}
-    pairs += [(name, "=", value) for name, value in given.items() if name not in typed and value != usual[name]]
-    return " ".join(["make train-lora", *(f"{name}={shlex.quote(value)}" for name, _, value in pairs)])
+    given = {name: value for name, value in given.items() if value not in ("embedded", "data")}
+    given |= {name: value for name, _, value in pairs}
+    asked = given.pop("ARGS", "")
+    fetch, train = " ".join(re.findall(REVISION, asked)), re.sub(REVISION, "", asked).strip()
+    commands = []
+    for goal, options in [("download", fetch)] * bool(fetch) + [("train-lora", train)]:
+        variables = given | ({"ARGS": options} if options else {})
+        commands += [" ".join([f"make {goal}", *(f"{name}={shlex.quote(value)}" for name, value in variables.items())])]
+    return " && ".join(commands)
 
 
 def main() -> None:
