@@ -178,6 +178,11 @@ def test_llama_2_is_counted_and_does_not_fit(tiny_model, question_rows, tmp_path
     assert "not measured: 2 layers take 4.7 GiB, there are 4.0" in said
 
 
+def test_a_share_of_the_steps_is_as_many_checkpoints(tiny_model, question_rows, try_out):
+    facts, _ = try_out(tiny_model, question_rows, "--save_steps", "0.5")  # of 7, after the 4th and at the end
+    assert facts["disk"]["LoRA"] == 2 * (12 * 16_384 + 2**25) + 4 * 16_384
+
+
 def test_a_full_disk_is_missing(tiny_model, question_rows, try_out, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
     facts, _ = try_out(tiny_model, question_rows)
