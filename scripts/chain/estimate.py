@@ -126,11 +126,11 @@ def try_memory(model: dict, options: list[str], longest: int | None, machine: tu
             settings["dtype"] = config.get("dtype") or "float32"
         tokens = settings["max_length"]
         tokens = tokens if settings["packing"] else min(tokens, longest or tokens)
-        predictions.append(predict(config, method, settings, tokens, where, memory))
-        sizes, fit = predictions[-1]["bytes"], predictions[-1]["fits"]
+        predictions.append(each := predict(config, method, settings, tokens, where, memory))
         parts = ("weights", "gradients", "optimizer", "activations", "logits")
-        parts = ", ".join(f"{part} {sizes[part] / 2**30:.1f}" for part in parts)
-        lines.append(f"{label:6}{sizes['peak'] / 2**30:8.1f}  {'fits' if fit else 'does not fit':14}{parts}")
+        parts = ", ".join(f"{part} {each['bytes'][part] / 2**30:.1f}" for part in parts)
+        peak, fit = each["bytes"]["peak"] / 2**30, "fits" if each["fits"] else "does not fit"
+        lines.append(f"{label:6}{peak:8.1f}  {fit:14}{parts}")
     wanted = predictions[asked["load_in_4bit"]]
     findings = [judge_memory(wanted, config, where, device, memory), judge_needs(wanted["settings"], 120)]
     for cause, command in filter(None, findings):

@@ -175,11 +175,11 @@ def predict_all(trainings: list[tuple], config: dict, where: str, memory: int) -
     print(f"{'':26}{'batch':>6}{'length':>7}" + "".join(f"{part:>12}" for part in parts))
     predictions = []
     for label, method, settings, tokens in trainings:
-        predictions.append(predict(config, method, settings, tokens, where, memory))
+        each = predict(config, method, settings, tokens, where, memory)
         line = f"{label:26}{settings['per_device_train_batch_size']:6}{tokens:7}"
-        line += "".join(f"{predictions[-1]['bytes'][part] / 2**30:12.2f}" for part in parts)
-        print(f"{line}  {'fits' if predictions[-1]['fits'] else 'does not fit'}")
-        predictions[-1]["method"] = label if label in METHODS else method
+        line += "".join(f"{each['bytes'][part] / 2**30:12.2f}" for part in parts)
+        print(f"{line}  {'fits' if each['fits'] else 'does not fit'}")
+        predictions.append(each | {"method": label if label in METHODS else method})
     margin = "a fifth of it, by which it may be off" if where == "cpu" else "1 GiB for the driver and 5 % for gaps"
     print(f"What fits: the peak and {margin}.")
     return predictions

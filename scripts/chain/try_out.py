@@ -44,6 +44,7 @@ from transformers import AutoConfig
 
 FIRST = 1000  # rows that are read
 REVISION = r"--(?:model|dataset)_revision[ =]+\S+"  # in ARGS, of the download
+USUAL = (("BASE_MODEL", "embedded"), ("DATASET", "data"))  # Make's
 OF_ROWS = ("dataset_revision", "dataset_config", "dataset_train_split", "dataset_test_split", "columns")
 
 
@@ -182,10 +183,9 @@ def try_tokens(name: str, model: Path, data: Path, options: list, report: Path, 
 def name_next(args: argparse.Namespace) -> str:
     """What trains so, after the download of a revision that is asked for. Make leaves its variables in MAKEFLAGS."""
     words = reversed(re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", "").partition("-- ")[2]))
-    pairs = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=") for word in words]
+    pairs = [re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=")[::2] for word in words]
     given = {"BASE_MODEL": args.model_name_or_path, "DATASET": args.dataset_name}  # also from the environment
-    given = {name: value for name, value in given.items() if value not in ("embedded", "data")}
-    given |= {name: value for name, _, value in pairs}
+    given = {name: value for name, value in given.items() if (name, value) not in USUAL} | dict(pairs)
     asked = given.pop("ARGS", "")
     fetch, train = " ".join(re.findall(REVISION, asked)), re.sub(REVISION, "", asked).strip()
     commands = []
