@@ -102,13 +102,13 @@ trained_type = $(if $(filter-out cpu,$(file <$(VENV)/backend)),$(shell grep -qs 
 reads = --reads $(OUT)/$(step_of) $(if $(filter adapter,$(1)),$(OUT)/base-model)
 model = --model_name_or_path $(call folder_of,$(step_of)) $(if $(filter adapter,$(1)),--base_model $(OUT)/base-model)
 from := $(call step_of,$(FROM))
-asking := $(call asks,infer chat pipeline push)
+asking := $(call asks,infer chat pipeline push serve serve-check export export-check)
 ifdef asking
 $(if $(filter adapter base full merged,$(FROM)),,$(error FROM=$(FROM) is unknown. Type: make $(asking) FROM=adapter, base, full or merged))
 $(if $(filter push,$(asking)),$(if $(filter base,$(FROM)),$(error FROM=base is not yours to upload. Type: make push FROM=adapter, full or \
 	merged REPO=user/name))$(if $(REPO),,$(error REPO is not given. Type: make push FROM=$(FROM) REPO=user/name)))
-# The training that takes most is not begun on the way to something else, and nothing on the way to an upload.
-$(if $(filter full,$(FROM))$(filter push,$(asking)),$(if $(call makes,$(from))$(call there,$(from)),,$(error \
+# The training that takes most is not begun on the way to something else, and nothing on the way to an upload or a server.
+$(if $(filter full,$(FROM))$(filter push serve% export%,$(asking)),$(if $(call makes,$(from))$(call there,$(from)),,$(error \
 	there is no $(OUT)/$(from) yet. Type: make $(call goal,$(from))$(other_out))))
 endif
 
@@ -120,7 +120,7 @@ ready := $(VENV)/installed $(OUT)/check/report.json
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
-	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
+	sed -n -E 's/^([a-z-]+):.*## (.*)/\1:\2/p' Makefile env/use.mk | awk -F: '{ printf "  %-15s %s\n", $$1, $$2 }'
 	echo "Variables (README), on the command line, in the environment or in .env:"
 	echo "  OUT=$(OUT) BASE_MODEL=$$BASE_MODEL DATASET=$$DATASET VALIDATION_ROWS=$$VALIDATION_ROWS RECIPE=$(RECIPE) FROM=$(FROM) ARGS= RESTART="
 	echo "  COLUMNS=$$MAPPING DATASET_CONFIG=$$DATASET_CONFIG DATASET_SPLIT=$$DATASET_SPLIT DATASET_TEST_SPLIT=$$DATASET_TEST_SPLIT ROWS=$$ROWS REPO=$$REPO RUN=$$RUN DEVICE=$$DEVICE PRICE=$$PRICE PROMPT=$$PROMPT BACKEND=$$BACKEND TORCH_INDEX=$$TORCH_INDEX PYTHON=$$PYTHON VENV=$(VENV) $(build_settings:%=%=)"
@@ -278,3 +278,5 @@ $(OUT)/answers/pipeline.jsonl: FORCE | $(foreach step,base-model lora full merge
 	$(foreach from,adapter base full merged,$(call answer,$(from)) --prompt="$$PROMPT" --output $(@D)/$(from).jsonl &&) \
 	$(STEP) $(call reads,base) -- scripts/06_pipeline_infer.py $(call model,base) --prompt="$$PROMPT" --output $@
 	$(keep_note)
+
+include env/use.mk

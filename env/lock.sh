@@ -31,3 +31,18 @@ write rocm "torch, which brings ROCm's libraries along; without hashes." "the to
 	<<< "$torch+$ROCM"$'\n'"${triton/triton/triton-rocm}"
 all=$($tests)
 write test "What make test and make lint need besides." "$tests" <<< "$all"
+
+# The engines. vLLM has a torch of its own, whose companions for images and sound its CPU build does not load.
+serve="${resolve/3.10/3.11} env/requirements-serve"
+companions=$(printf "%s; python_version < '3'\n" torchvision torchaudio torchcodec)
+all=$($serve-cpu.txt --override <(printf 'torch\n%s\n' "$companions"))
+pins 0 <<< "$all" | write serve-cpu "vLLM for the CPU, but for torch." "$serve-cpu.txt, without torchvision, torchaudio, torchcodec"
+all=$($serve-cuda.txt)
+write serve-cuda "vLLM for CUDA, with its torch." "$serve-cuda.txt" <<< "$all"
+export="${tests/test/export}"
+all=$($export)
+own() { # 0 or 1: the pins that are not, or are, llama.cpp
+	awk -v of_llama="$1" '/^[^ ]/ { keep = /^llama-cpp-python==/ == of_llama } keep'
+}
+own 0 <<< "$all" | write export "What llama.cpp's converters and its build need besides." "$export"
+own 1 <<< "$all" | write runtime "llama.cpp, with its converters." "$export"

@@ -118,6 +118,22 @@ def read_options(run: dict, args: argparse.Namespace, folder: str) -> training.C
     return training.Config(folder, report_to=[], eval_packing=False, use_cpu=cpu, **options)
 
 
+def make_trainer(model, tokenizer, rows: Dataset, config: training.Config, attention: str | None):
+    """The trainer of 02_train_lora.py, with the rows as it takes them: token ids, and labels where there is loss."""
+    if attention:  # the answers are those of 05_generate.py, the loss is that of the training
+        try:
+            model.set_attn_implementation(attention)
+        except ImportError:
+            print(f"{attention}, of the training, is not installed here: the loss is measured without it")
+    trainer = training.TokenLossTrainer(
+        model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    trainer.eval_tokens = sum(label != -100 for labels in trainer.eval_dataset["labels"] for label in labels[1:])
+    if not trainer.eval_tokens:
+        fail(f"no row has a token with loss within --max_length {config.max_length}. Give a larger one.")
+    return trainer
+
+
 def measure(
     model,
     tokenizer,
@@ -132,18 +148,8 @@ def measure(
     greedy, raw, answers = {"max_new_tokens": max_new_tokens, "do_sample": False}, not tokenizer.chat_template, []
     for each in prompts:
         answers += generation.generate(model, tokenizer, [each["prompt"]], raw, each["tools"], **greedy)
-    if attention:  # the answers are those of 05_generate.py, the loss is that of the training
-        try:
-            model.set_attn_implementation(attention)
-        except ImportError:
-            print(f"{attention}, of the training, is not installed here: the loss is measured without it")
-    trainer = training.TokenLossTrainer(
-        model=model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
+    trainer = make_trainer(model, tokenizer, rows, config, attention)
     columns, rows = rows.column_names, trainer.eval_dataset
-    trainer.eval_tokens = sum(label != -100 for labels in rows["labels"] for label in labels[1:])
-    if not trainer.eval_tokens:
-        fail(f"no row has a token with loss within --max_length {config.max_length}. Give a larger one.")
     loss = trainer.evaluate()["eval_loss"]
     kind = "completions" if trainer.completion_only_loss and "prompt" in columns else "all tokens"
     return {
