@@ -204,9 +204,9 @@ short_flags = $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 dry_run = $(if $(findstring n,$(short_flags))$(findstring t,$(short_flags))$(findstring q,$(short_flags)),--dry-run)
 settings := $(foreach name,PYTHON BACKEND TORCH_INDEX TORCH_VERSION,$(name)=$($(name)))
 .PRECIOUS: $(VENV)/installed $(foreach step,base-model dataset lora full merged,$(OUT)/$(step)/run.json)
-$(VENV)/installed: env/setup.sh $(wildcard env/locks/*.txt) $(if $(findstring |$(settings)|,|$(file <$(VENV)/installed)|),,FORCE)
+$(VENV)/installed: env/setup.sh $(patsubst %,env/locks/%.txt,cpu cuda rocm packages) $(if $(findstring |$(settings)|,|$(file <$(VENV)/installed)|),,FORCE)
 	+@exec env/setup.sh $(dry_run)
-$(VENV)/tested: $(VENV)/installed
+$(VENV)/tested: $(VENV)/installed env/locks/test.txt
 	$(PY) -m pip install --no-deps -r env/locks/test.txt
 	touch $@
 # Exit status 2 of the check: ready, with warnings.

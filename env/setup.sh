@@ -79,7 +79,7 @@ if [ ! "$dry" ]; then
 fi
 settings="PYTHON=$PYTHON BACKEND=$BACKEND TORCH_INDEX=$TORCH_INDEX TORCH_VERSION=$TORCH_VERSION"
 [ ! "$back" ] || [ "$(< "$VENV/installed")" != "$settings" ] ||
-	[ "$(find env/setup.sh env/locks/*.txt -newer "$VENV/installed")" ] || exit 0
+	[ "$(find env/setup.sh env/locks/{cpu,cuda,rocm,packages}.txt -newer "$VENV/installed")" ] || exit 0
 
 # Python ---------------------------------------------------------------------------------------------------------------
 command -v "$PYTHON" > /dev/null ||

@@ -11,7 +11,8 @@ run() { printf '+%s\n' "$(printf ' %q' "$@")"; PIP_NO_INPUT=1 "$@"; }
 
 engine=$1 venv=$VENV-${1/runtime/export}
 backend=$(< "$VENV/backend")
-made=$venv/$engine.made
+made=$venv/installed
+[ "$engine" != runtime ] || made=$venv/runtime
 exec 9> "$venv.lock"
 ! command -v flock > /dev/null || flock -n 9 || fail "another process is making $venv. Wait for its end."
 install() { run "$venv/bin/python" -m pip install --disable-pip-version-check "$@"; }
@@ -55,4 +56,4 @@ case $engine in
 		command -v c++ > /dev/null || fail "no C++ compiler, and llama.cpp is built from its sources. Type: apt install g++"
 		install --no-deps --no-binary llama-cpp-python -r env/locks/runtime.txt ;;
 esac
-touch "$made"
+echo "$backend" > "$made"

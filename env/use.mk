@@ -8,11 +8,11 @@ $(if $(call special,$(HOST)$(PORT)$(QUANT)$(FORMAT)),$(error HOST, PORT, FORMAT 
 SERVE := $(VENV)-serve/bin/python
 EXPORT := $(VENV)-export/bin/python
 BENCHMARK := $(VENV)-benchmark/bin/python
-$(VENV)-%/installed: $(VENV)/installed env/setup_engine.sh
+$(VENV)-%/installed: env/setup_engine.sh | $(VENV)/installed
 	@VENV=$(VENV) PYTHON="$$PYTHON" env/setup_engine.sh $*
-$(VENV)-serve/installed: env/locks/serve-cpu.txt env/locks/serve-cuda.txt
-$(VENV)-export/installed: env/locks/export.txt env/locks/runtime.txt
-$(VENV)-benchmark/installed: env/locks/benchmark.txt
+$(VENV)-serve/installed: $(wildcard env/locks/serve-*.txt) $(if $(filter $(file <$(VENV)/backend),$(file <$(VENV)-serve/installed)),,FORCE)
+$(VENV)-export/installed: $(VENV)/installed env/locks/export.txt env/locks/runtime.txt
+$(VENV)-benchmark/installed: $(VENV)/installed env/locks/benchmark.txt
 $(VENV)-export/runtime: $(VENV)-export/installed
 	@VENV=$(VENV) env/setup_engine.sh runtime
 

@@ -727,3 +727,69 @@ def test_answers_are_in_the_type_that_was_trained_on_an_accelerator(backend, bf1
         options = trained.commands()[-1].split()
         types = [options[place + 1] for place, word in enumerate(options) if word == "--dtype"]
         assert types == [*["bfloat16"] * given, "float32"]  # of which the last counts
+
+
+ENGINES = ("serve", "export", "benchmark")
+
+
+@pytest.fixture
+def engines(trained) -> Project:
+    """With the environments of the engines, whose Python is the stand-in too."""
+    for engine in ENGINES:
+        shutil.copytree(trained.folder / ".venv", trained.folder / f".venv-{engine}")
+        (trained.folder / f".venv-{engine}/installed").write_text("cpu\n")
+    (trained.folder / ".venv-export/runtime").touch()
+    return trained
+
+
+def test_a_server_takes_what_is_there_and_trains_nothing(engines):
+    assert engines.make("serve").returncode == 0 and engines.steps() == ["serve"]
+    (command,) = engines.commands()
+    assert (
+        "--reads outputs/lora outputs/base-model -- scripts/chain/serve.py --model_name_or_path outputs/lora/adapter"
+        in command
+    )
+    assert "--base_model outputs/base-model --name adapter" in command and command.endswith(
+        "--host 127.0.0.1 --port 8000"
+    )
+    assert "--python .venv-serve/bin/python" in command
+    assert "Type: make merge" in engines.make("serve", "FROM=merged").stderr
+    engines.make("merge", "serve", "FROM=merged", "PORT=80", "ARGS=--seed 3", HOST="a-name-of-this-machine")
+    assert engines.steps() == ["04_merge_adapter", "write_card", "serve"]
+    assert engines.commands()[2].endswith("--name merged --python .venv-serve/bin/python --log outputs/check/serve.log "
+                                          "--host 127.0.0.1 --port 80 --seed 3")  # fmt: skip
+    (engines.folder / ".env").write_text("HOST=0.0.0.0\n")
+    engines.make("serve", "FROM=base")
+    assert "--model_name_or_path outputs/base-model --name base" in engines.commands()[0]
+    assert "--host 0.0.0.0 " in engines.commands()[0]
+    for target in ("serve", "serve-check", "export", "export-check"):
+        for step, goal in (("full", "train-full"), ("adapter", "train-lora")):
+            result = engines.make(target, f"FROM={step}", "OUT=new")
+            assert result.returncode == 2 and f"Type: make {goal} OUT=new" in result.stderr and not engines.steps()
+
+
+def test_a_server_is_compared_with_what_infer_answers(engines):
+    engines.make("serve-check", "ARGS=--load --patience 60")
+    assert engines.steps()[0] == "probe"
+    probe, check = engines.commands()
+    assert "--output outputs/check/probe-adapter.json --load 200" in probe and "--dataset_name outputs/dataset" in probe
+    assert check.startswith("scripts/chain/check_serve.py --probe outputs/check/probe-adapter.json")
+    assert "--load --patience 60 -- .venv/bin/python scripts/chain/run_step.py --reads outputs/lora" in check
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_environment_is_made_before_its_engine_is_asked_for_and_again_where_its_pins_change(engine, project):
+    script = project.folder / "env/setup_engine.sh"
+    script.write_text(
+        '#!/bin/sh\necho "made $1" >> "$LOG"\nmkdir -p "$VENV-$1"\ncp "$VENV/backend" "$VENV-$1/installed"\n'
+    )
+    made, lock = f".venv-{engine}/installed", "serve-cpu" if engine == "serve" else engine
+    now = time.time()
+    for later, change in enumerate((None, script, project.folder / f"env/locks/{lock}.txt")):
+        if change:
+            os.utime(change, (now + 20 * later,) * 2)
+        result = project.make(made)
+        assert project.commands() == [f"made {engine}"], result.stderr
+        os.utime(project.folder / made, (now + 20 * later + 10,) * 2)
+        project.make(made)
+        assert project.commands() == []

@@ -3,16 +3,14 @@
     python check_serve.py --probe probe.json --output serve.json -- python serve.py OPTIONS
 
 Reads   probe.json of probe.py. Starts the command after --, on a free port and with a key of its own, and ends it.
-Writes  serve.json and serve.md: what was asked, what came of it, the answers side by side; with --load the figures under
-        load, beside those of our own generation. Needs the client of OpenAI, which vLLM brings along.
+Writes  serve.json and serve.md: what was asked, what came of it, the answers side by side; with --load the figures
+        under load, beside those of our own generation. Needs the client of OpenAI, which vLLM brings along.
 
 Exit status 1 where something was not as it should be. A greedy answer may differ from the first token on whose margin
 is smaller than rounding in that type.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -49,7 +47,7 @@ class Server:
         began = time.monotonic()
         environment = os.environ | {"API_KEY": self.key}
         self.process = subprocess.Popen([*self.command, "--port", str(self.port)], env=environment, stdout=sys.stderr)
-        while time.monotonic() - began < patience:
+        while True:
             with contextlib.suppress(OSError):
                 if urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200:
                     models = self.client.models.list().data
@@ -57,9 +55,10 @@ class Server:
                     return time.monotonic() - began
             if self.process.poll() is not None:
                 fail("the server did not start: see its own words above.")
+            if time.monotonic() - began > patience:
+                self.end()
+                fail(f"the server did not answer within {patience:.0f} s. Its log is named above.")
             time.sleep(0.5)
-        self.end()
-        fail(f"the server did not answer within {patience:.0f} s. Its log is named above.")
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGINT)
