@@ -46,3 +46,5 @@ own() { # 0 or 1: the pins that are not, or are, llama.cpp
 }
 own 0 <<< "$all" | write export "What llama.cpp's converters and its build need besides." "$export"
 own 1 <<< "$all" | write runtime "llama.cpp, with its converters." "$export"
+benchmark="${tests/test/benchmark}"
+pins 0 <<< "$($benchmark)" | write benchmark "lm-eval, with what it needs beside torch." "$benchmark"

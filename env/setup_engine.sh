@@ -48,12 +48,14 @@ case $engine in
 		on_top_of "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 		install --no-deps -r "env/locks/$engine.txt"
 		if [ "$engine" = export ]; then # the sources of the runtime, with the converters of the same commit
-			run "$venv/bin/python" -m pip download --no-deps --no-binary :all: --dest "$venv/sources" -r env/locks/runtime.txt
-			run tar -xzf "$venv"/sources/llama_cpp_python-*.tar.gz -C "$venv/sources" --strip-components 1
+			mkdir "$venv/sources"
+			run "$venv/bin/python" -m pip download --no-deps --no-binary :all: --no-build-isolation --dest "$venv" -r env/locks/runtime.txt
+			run tar -xzf "$venv"/llama_cpp_python-*.tar.gz -C "$venv/sources" --strip-components 1
+			rm "$venv"/llama_cpp_python-*.tar.gz
 			ln -s sources/vendor/llama.cpp "$venv/llama.cpp"
 		fi ;;
 	runtime)
 		command -v c++ > /dev/null || fail "no C++ compiler, and llama.cpp is built from its sources. Type: apt install g++"
-		install --no-deps --no-binary llama-cpp-python -r env/locks/runtime.txt ;;
+		install --no-deps --no-build-isolation "$venv/sources" ;;
 esac
 echo "$backend" > "$made"

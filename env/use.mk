@@ -5,6 +5,7 @@ only_asked = override $(1) := $$(or $$(if $$(call typed,$(1)),$$(value $(1))),$$
 $(foreach name,HOST-127.0.0.1 PORT-8000 FORMAT-gguf QUANT-f16 TASKS-heldout,$(eval $(call only_asked,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
 $(if $(call special,$(HOST)$(PORT)$(QUANT)$(FORMAT)),$(error HOST, PORT, FORMAT or QUANT has marks that mean something to a shell. Take others))
 
+export TASKS
 SERVE := $(VENV)-serve/bin/python
 EXPORT := $(VENV)-export/bin/python
 BENCHMARK := $(VENV)-benchmark/bin/python
@@ -27,3 +28,31 @@ serve: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## serve FROM=a
 serve-check: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## ask a server many things and compare its answers with infer; ARGS=--load asks 200 too
 	@$(call probe,$(FROM),$(if $(findstring --load,$(ARGS)),--load 200))
 	$(SERVE) scripts/chain/check_serve.py --probe $(OUT)/check/probe-$(FROM).json --output $(OUT)/check/serve-$(FROM).json $(ARGS) -- $(served)
+
+# The exports of a result stand side by side: OUT/export/merged-f16, merged-q4_k_m.
+ifneq ($(call asks,export export-check),)
+$(if $(filter gguf,$(FORMAT)),,$(error FORMAT=$(FORMAT) is unknown. Type: make export FORMAT=gguf))
+$(if $(filter f32 f16 q8_0 q4_k_m,$(QUANT)),,$(error QUANT=$(QUANT) is unknown. Type: make export QUANT=f32, f16, q8_0 or q4_k_m))
+endif
+goals += export=export
+exported := $(OUT)/export/$(FROM)-$(QUANT)
+exports = $(or $(patsubst %/run.json,%,$(wildcard $(OUT)/export/$(FROM)-*/run.json)),$(exported))
+$(OUT)/export/%: private note = $(OUT)/.notes/export-$(notdir $(@D))
+made_export = $(call sums,scripts/chain/export_gguf.py) $(call inside,$(from) $(if $(filter adapter,$(FROM)),base-model))
+.PRECIOUS: $(exported)/run.json
+export: $(exported)/run.json ## write FROM=... as a GGUF with a Modelfile for Ollama, QUANT=f32|f16|q8_0|q4_k_m
+	@echo "$(exported) is up to date"
+$(exported)/run.json: FORCE $(call result,$(from)) | $(ready) $(VENV)-export/$(if $(filter q4_k_m,$(QUANT)),runtime,installed)
+	$(unless_same)
+	$(EXPORT) scripts/chain/run_step.py $(@D) $(call reads,$(FROM)) --note $(note) -- scripts/chain/export_gguf.py $(call model,$(FROM)) \
+		--llama_cpp $(VENV)-export/llama.cpp --quant $(QUANT) $(call args,export)
+export-check: $(if $(filter-out $(wildcard $(exports)),$(exports)),$(exported)/run.json) | $(ready) $(VENV)-export/runtime ## compare what llama.cpp answers, of each export of FROM, with infer
+	@$(call probe,$(FROM))
+	$(EXPORT) scripts/chain/run_step.py --reads $(exports) -- scripts/chain/check_export.py --probe $(OUT)/check/probe-$(FROM).json \
+		--exports $(exports) --output $(OUT)/check/export-$(FROM).json $(ARGS)
+
+benchmark: $(foreach step,$(evaluated) dataset base-model,$(call result,$(step))) | $(ready) $(VENV)-benchmark/installed ## measure base and all that was trained by lm-eval, TASKS=heldout,arc_easy
+	@$(call probe,$(patsubst lora,adapter,$(firstword $(evaluated))))
+	$(BENCHMARK) scripts/chain/run_step.py --reads $(addprefix $(OUT)/,$(evaluated) base-model) -- scripts/chain/benchmark.py \
+		--base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(call folder_of,$(step))) \
+		--probe $(OUT)/check/probe-$(patsubst lora,adapter,$(firstword $(evaluated))).json --tasks="$$TASKS" --output_dir $(OUT)/report $(ARGS)

@@ -196,6 +196,16 @@ def put_under_load(server: Server, at_once: int, patience: float) -> dict:
     }
 
 
+def count_alive(group: int) -> int:
+    """Processes of a group that have not ended."""
+    count = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has just ended
+            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+            count += its_group == str(group) and state not in "ZX"
+    return count
+
+
 def kill(server: Server) -> str:
     """Kills vLLM while it answers: clients hear of it, nothing stays behind, and it can be started again."""
     alone, groups = text_of(server.ask_probe(0)), server.processes()
@@ -208,14 +218,10 @@ def kill(server: Server) -> str:
             os.kill(child, signal.SIGKILL)
         told = sum(isinstance(each.exception(60), openai.APIConnectionError) for each in waiting)
     seconds, status = time.monotonic() - began, server.process.wait(60)
-    left = [
-        group
-        for group in groups
-        if subprocess.run(["pgrep", "-g", str(group)], stdout=subprocess.DEVNULL).returncode == 0
-    ]
+    left = sum(map(count_alive, groups))
     started = server.start()
-    right = told == 4 and status and not left and text_of(server.ask_probe(0)) == alone
-    words = f"{told} of 4 clients were told within {seconds:.1f} s, {len(left)} processes stayed behind"
+    right = told == 4 and status and left == 0 and text_of(server.ask_probe(0)) == alone
+    words = f"{told} of 4 clients were told within {seconds:.1f} s, {left} processes stayed behind"
     return f"{'ok' if right else 'WRONG'}: {words}; started again in {started:.0f} s, {ANSWERED}"
 
 
