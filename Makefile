@@ -114,7 +114,7 @@ endif
 
 # Targets --------------------------------------------------------------------------------------------------------------
 .PHONY: help setup check-gpu bitsandbytes try download audit train-lora train-full reproduce compare merge infer chat pipeline tutorial \
-	evaluate verify verify-tutorial push test test-faults gpu-check bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
+	evaluate verify verify-tutorial test test-faults gpu-check bench bench-steps bench-growth lint lock docker-run clean distclean FORCE
 .NOTPARALLEL: # one accelerator, one step at a time
 ready := $(VENV)/installed $(OUT)/check/report.json
 
@@ -169,9 +169,6 @@ verify: | $(VENV)/installed ## compare the loss curves with those on record
 	$(PY) scripts/chain/verify_run.py $$(ls $(OUT)/lora/run.json $(OUT)/full/run.json 2> /dev/null) --curves env/curves $(ARGS)
 verify-tutorial: $(VENV)/tested ## check the tutorial's own figures, without its model
 	@HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(PY) -m pytest tests/test_tutorial_figures.py -v -s -p no:warnings $(ARGS)
-push: $(call result,$(from)) | $(VENV)/installed ## upload FROM=adapter|full|merged to REPO=user/name on the Hub
-	@$(call finish,$(from)) > /dev/null
-	$(STEP) --reads $(OUT)/$(from) -- scripts/chain/push_model.py --folder $(call folder_of,$(from)) --repo_id="$$REPO" $(ARGS)
 test: $(VENV)/tested ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, cut the power, and see that nothing is lost (long)
@@ -193,9 +190,10 @@ docker-run: ## print how to build and to run the Docker image for ROCm
 	@env/docker_run.sh
 clean: ## remove what the steps left in OUT
 	@rm -rf $(foreach step,base-model dataset lora full merged,$(addprefix $(OUT)/,$(step) $(step).part .$(step).old)) \
-		$(addprefix $(OUT)/,.notes check answers bench report reproduce.txt reproduce.yaml)
-distclean: clean ## remove the Python environment too
+		$(addprefix $(OUT)/,.notes check answers bench export report reproduce.txt reproduce.yaml)
+distclean: clean ## remove the Python environments too
 	@env/setup.sh --remove
+	rm -rf $(foreach engine,serve export benchmark,$(VENV)-$(engine) $(VENV)-$(engine).lock)
 
 # Environment ----------------------------------------------------------------------------------------------------------
 # make -n calls the script too, which then only prints its commands; so do -t and -q. The script takes the place of the

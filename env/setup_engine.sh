@@ -40,8 +40,7 @@ case $engine in
 				from=$("$PYTHON" -c 'import importlib.util as find; print(find.find_spec("vllm").submodule_search_locations[0])' 2> /dev/null) ||
 					fail "$PYTHON has no vLLM, and PyPI has none for ROCm. Start AMD's image rocm/vllm, with this folder in it," \
 						"and type there: make serve BACKEND=preinstalled"
-				on_top_of "$(dirname "$from")"
-				install --no-deps python-dotenv ;;
+				on_top_of "$(dirname "$from")" ;;
 		esac ;;
 	export | benchmark)
 		begin "$VENV/bin/python" $(! grep -q 'system-site-packages = true' "$VENV/pyvenv.cfg" || echo --system-site-packages)

@@ -22,7 +22,10 @@ probe = $(STEP) $(call reads,$(1)) $(wildcard $(OUT)/dataset) -- scripts/chain/p
 	$(call trained_type,$(call step_of,$(1))) --prompt="$$PROMPT" --dataset_name $(OUT)/dataset --output $(OUT)/check/probe-$(1).json $(2)
 served = $(STEP) $(call reads,$(FROM)) -- scripts/chain/serve.py $(call model,$(FROM)) --name $(FROM) --python $(SERVE) --log $(OUT)/check/serve.log
 
-.PHONY: serve serve-check export export-check benchmark
+.PHONY: push serve serve-check export export-check benchmark
+push: $(call result,$(from)) | $(VENV)/installed ## upload FROM=adapter|full|merged to REPO=user/name on the Hub
+	@$(call finish,$(from)) > /dev/null
+	$(STEP) --reads $(OUT)/$(from) -- scripts/chain/push_model.py --folder $(call folder_of,$(from)) --repo_id="$$REPO" $(ARGS)
 serve: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## serve FROM=adapter|base|full|merged as OpenAI's API, by vLLM, at PORT
 	@exec $(served) --host $(HOST) --port $(PORT) $(ARGS)
 serve-check: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## ask a server many things and compare its answers with infer; ARGS=--load asks 200 too

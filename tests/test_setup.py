@@ -811,9 +811,92 @@ def test_the_locks_hold_what_is_required(python):
 
 
 def test_the_locks_name_no_index_and_say_how_they_were_made():
-    assert set(LOCKS) == {"packages", "test", *BACKENDS} - {"preinstalled"}
+    engines = {"serve-cpu", "serve-cuda", "export", "runtime", "benchmark"}
+    assert set(LOCKS) == {"packages", "test", *BACKENDS} - {"preinstalled"} | engines
     for name, file in LOCKS.items():
         assert "make lock" in file.read_text().splitlines()[0] and "://" not in file.read_text(), name
+
+
+# Engines --------------------------------------------------------------------------------------------------------------
+ENGINE_PYTHON = """#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+case "$*" in
+    "-m venv "*) mkdir -p "${!#}/bin" "${!#}/site"; cp "$0" "${!#}/bin/python" ;;
+    *purelib*) echo "$(dirname "$(dirname "$0")")/site" ;;
+    *find_spec*) [ "${HAS_VLLM-}" ] && echo /image/packages/vllm ;;
+    *"pip download"*) tar -czf .venv-export/llama_cpp_python-1.tar.gz llama_cpp_python-1 ;;
+    *" install "*) [ ! "${BROKEN-}" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """Runs setup_engine.sh beside a .venv of a backend, whose Python logs; gives the process and what was logged."""
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(ENGINE_PYTHON)
+    python.chmod(0o755)
+    (tmp_path / ".venv/pyvenv.cfg").write_text("include-system-site-packages = false\n")
+    (tmp_path / "llama_cpp_python-1/vendor/llama.cpp").mkdir(parents=True)
+
+    def make(name: str, backend: str = "cpu", **environment):
+        (tmp_path / ".venv/backend").write_text(f"{backend}\n")
+        (tmp_path / "log").write_text("")
+        known = {"VENV": ".venv", "PYTHON": ".venv/bin/python", "LOG": str(tmp_path / "log")}
+        command = ["bash", str(ROOT / "env/setup_engine.sh"), name]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | known | environment, capture_output=True, text=True
+        )
+        return result, (tmp_path / "log").read_text()
+
+    make.folder = tmp_path
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backend", "locks"), [("cpu", ["cpu", "serve-cpu"]), ("cuda", ["serve-cuda"]), ("rocm", []), ("preinstalled", [])]
+)
+def test_vllm_is_that_of_the_hardware_and_on_rocm_that_of_the_image(backend, locks, engine):
+    result, log = engine("serve", backend, HAS_VLLM="yes")
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"-r env/locks/(.*)\.txt", log) == locks
+    assert (engine.folder / ".venv-serve/installed").read_text() == f"{backend}\n"
+    below = engine.folder / ".venv-serve/site/below.pth"
+    assert below.read_text() == "/image/packages\n" if not locks else not below.exists()
+
+
+def test_without_vllm_rocm_is_told_of_the_image(engine):
+    result, _ = engine("serve", "rocm")
+    assert result.returncode == 1 and "image rocm/vllm" in result.stderr and "BACKEND=preinstalled" in result.stderr
+    assert not (engine.folder / ".venv-serve/installed").exists()
+
+
+def test_the_other_engines_stand_on_the_packages_that_are_there(engine):
+    for name in ("export", "benchmark"):
+        result, log = engine(name)
+        assert result.returncode == 0, result.stderr
+        assert f"install --disable-pip-version-check --no-deps -r env/locks/{name}.txt" in log
+        assert (engine.folder / f".venv-{name}/site/below.pth").read_text() == ".venv/site\n"
+        assert "system-site-packages" not in log
+    assert (engine.folder / ".venv-export/llama.cpp").is_dir() and "--no-binary :all:" in engine("export")[1]
+    assert not list(engine.folder.glob(".venv-export/*.tar.gz"))
+    (engine.folder / ".venv/pyvenv.cfg").write_text("include-system-site-packages = true\n")
+    assert "-m venv --system-site-packages .venv-benchmark" in engine("benchmark")[1]
+    result, log = engine("runtime")
+    assert result.returncode == 0 and "--no-build-isolation .venv-export/sources" in log and "venv " not in log
+    assert (engine.folder / ".venv-export/runtime").exists()
+
+
+def test_an_engine_that_could_not_be_made_is_not_taken_for_made(engine):
+    assert engine("benchmark")[0].returncode == 0
+    result, _ = engine("benchmark", BROKEN="yes")
+    assert result.returncode != 0 and not (engine.folder / ".venv-benchmark/installed").exists()
+    (engine.folder / ".venv-export").mkdir()
+    with (engine.folder / ".venv-export.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result, _ = engine("export")
+        assert result.returncode == 1 and "another process is making .venv-export" in result.stderr
 
 
 # Docker ---------------------------------------------------------------------------------------------------------------
