@@ -39,7 +39,7 @@ FOLDER is this folder, or its name on the Hub.{where}
 
 ## Licences
 
-Base model: {base_license}. Training data: {data_license}. What was made of them here is subject to both.
+{licences}
 """
 LOADING = {
     "adapter": """from peft import PeftModel
@@ -99,6 +99,11 @@ def list_figures(run: dict) -> dict[str, str]:
     return figures
 
 
+def list_licences(base: dict, data: dict) -> str:
+    known = [each.get("license") or "not recorded" for each in (base, data)]
+    return f"Base model: {known[0]}. Training data: {known[1]}. What was made of them here is subject to both."
+
+
 def write_card(run: dict, training: dict, folder: Path) -> str:
     """The text of the card: a header for the Hub, and the rest in English."""
     base, data, rows = find_base(training), find_data(training), training["dataset"]["rows"]
@@ -123,8 +128,7 @@ def write_card(run: dict, training: dict, folder: Path) -> str:
             dtype=run["arguments"]["dtype"],
         ),
         where="" if on_hub or folder.name == "model" else f" BASE is the base model's folder: {describe_source(base)}.",
-        base_license=base.get("license") or "not recorded",
-        data_license=data.get("license") or "not recorded",
+        licences=list_licences(base, data),
     )
     header = ModelCardData(
         base_model=base["name"] if on_hub else None,
