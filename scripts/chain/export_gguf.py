@@ -29,7 +29,7 @@ llama_cpp = None  # the runtime, which q4_k_m alone needs
 with contextlib.suppress(ImportError):
     import llama_cpp
 
-# What llama.cpp's LoRA holds of an adapter: two matrices for each layer, and one alpha. Of the rest only these may be set.
+# What may be set of an adapter that llama.cpp's LoRA holds: two matrices for each layer, and one alpha.
 HELD = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"}
 HELD |= {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 HELD |= {"layers_pattern", "rank_pattern", "megatron_core", "qalora_group_size"}  # the last two alone mean nothing
