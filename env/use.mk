@@ -52,7 +52,7 @@ $(exported)/run.json: FORCE $(call result,$(from)) | $(ready) $(VENV)-export/$(i
 export-check: $(if $(filter-out $(wildcard $(exports)),$(exports)),$(exported)/run.json) | $(ready) $(VENV)-export/runtime ## compare what llama.cpp answers, of each export of FROM, with infer
 	@$(call probe,$(FROM))
 	$(EXPORT) scripts/chain/run_step.py --reads $(exports) -- scripts/chain/check_export.py --probe $(OUT)/check/probe-$(FROM).json \
-		--exports $(exports) --output $(OUT)/check/export-$(FROM).json $(ARGS)
+		--exports $(exports) $(ARGS)
 
 benchmark: $(foreach step,$(evaluated) dataset base-model,$(call result,$(step))) | $(ready) $(VENV)-benchmark/installed ## measure base and all that was trained by lm-eval, TASKS=heldout,arc_easy
 	@$(call probe,$(patsubst lora,adapter,$(firstword $(evaluated))))

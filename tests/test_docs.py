@@ -11,7 +11,7 @@ DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in (
         "README.md",
-        *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance", "architecture")),
+        *(f"docs/{name}.md" for name in ("tutorial", "rocm", "reliability", "performance", "architecture", "use")),
     )
 }
 
@@ -55,7 +55,8 @@ def test_nothing_is_left_to_fill_in(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_targets_and_files_exist(name):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    rules = "".join((ROOT / file).read_text(encoding="utf-8") for file in ("Makefile", "env/use.mk"))
+    targets = set(re.findall(r"^([a-z-]+):", rules, re.M))
     named = set(re.findall(r"(?:^    |`)make (?:-n )?([a-z-]+)", DOCUMENTS[name], re.M))
     assert named and named <= targets
     for file in re.findall(r"`(\d\d_\w+\.py)`|\]\((?!http)([^)#]+)\)", DOCUMENTS[name]):
