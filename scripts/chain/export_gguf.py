@@ -20,6 +20,7 @@ from pathlib import Path
 
 from figures import find_base, find_data, find_training
 from folders import fail, make_parser, read_json, read_record, write_json, write_text
+from gguf import GGUFReader
 from huggingface_hub import ModelCard, ModelCardData
 from modelfile import write_modelfile
 from transformers import AutoConfig, AutoTokenizer
@@ -111,11 +112,8 @@ def write_gguf(args: Namespace, source: Path, target: Path) -> None:
         quantize(Path(folder, "whole.gguf"), target)
 
 
-def settle(file: Path, tokenizer, llama_cpp_folder: Path) -> bool:
+def settle(file: Path, tokenizer) -> bool:
     """Sees that a GGUF has the EOS of the run, and adds a BOS only where that does; returns whether it adds one."""
-    sys.path.insert(0, str(llama_cpp_folder / "gguf-py"))
-    from gguf import GGUFReader
-
     fields = GGUFReader(file, "r+").fields
     parts = {name: field.parts[field.data[0]] for name, field in fields.items() if name.endswith(("token", "token_id"))}
     if (eos := parts.get("tokenizer.ggml.eos_token_id")) is not None:
@@ -195,7 +193,7 @@ def main() -> None:
         ends = read_record(source, "generation_config.json").get("eos_token_id")
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     stops = tokenizer.convert_ids_to_tokens(sorted(ends))
-    adds_bos = settle(target, tokenizer, args.llama_cpp)
+    adds_bos = settle(target, tokenizer)
     text = write_modelfile(tokenizer, stops, config.max_position_embeddings, adds_bos, adapter)
     print(*re.findall("(?m)^# (TEMPLATE.*)", text), sep="\n", end="")
     write_text(output / "Modelfile", text)
