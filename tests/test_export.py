@@ -360,7 +360,172 @@ def test_what_is_missing_is_said(tiny_model, fake, tmp_path, monkeypatch, capsys
         check_refusal("chain/export_gguf.py", args, said, tmp_path, monkeypatch, capsys)
 
 
-# By llama.cpp's own converter -------------------------------------------------------------------------------------------
+# The check ------------------------------------------------------------------------------------------------------------
+WORDS = ["<s>", "</s>", "sky", "blue", "red"]
+RUNTIME = '''"""Words, of which the likeliest after a word is that with the highest number in its row of weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+class Llama:
+    def __init__(self, file, lora_path=None, n_ctx=0, logits_all=False, **options):
+        made = json.loads(Path(file).read_text())
+        self.weights, self.metadata, self.words = np.array(made["weights"]), made["metadata"], made["words"]
+        if lora_path:
+            self.weights = self.weights + json.loads(Path(lora_path).read_text())
+        self.scores, self.n_tokens = np.zeros((n_ctx if logits_all else 1, len(self.words))), 0
+
+    def tokenize(self, text, add_bos, special):
+        return [self.words.index(word) for word in ["<s>"] * add_bos + text.decode().split()]
+
+    def detokenize(self, ids, special):
+        return " ".join(self.words[number] for number in ids).encode()
+
+    def token_bos(self):
+        return 0
+
+    def token_eos(self):
+        return 1
+
+    def reset(self):
+        self.n_tokens = 0
+
+    def eval(self, ids):
+        self.scores[self.n_tokens : self.n_tokens + len(ids)] = self.weights[ids]
+        self.n_tokens += len(ids)
+
+    def close(self):
+        pass
+'''
+FORMATTER = """from jinja2 import Environment
+
+
+class Jinja2ChatFormatter:
+    def __init__(self, template, eos_token, bos_token):
+        self.template, self.words = Environment().from_string(template), {"bos_token": bos_token}
+
+    def __call__(self, messages):
+        text = self.template.render(messages=messages, **self.words)
+        return type("Answer", (), {"prompt": text})
+"""
+WEIGHTS = [[0, 0, 3, 0, 0], [0] * 5, [0, 0, 0, 2, 1.96], [0, 4, 0, 0, 0], [0, 4, 0, 0, 0]]  # sky: blue, or else red
+PROBE = {
+    "dtype": "float32",
+    "chat": True,
+    "prompts": [
+        {
+            "messages": [{"role": "user", "content": "sky"}],
+            "prompt": "<s> sky",
+            "prompt_ids": [0, 2],
+            "answer_ids": [3, 1],
+            "margins": [0.04, 4.0],
+        },
+    ],
+    "rows": [{"input_ids": [0, 2, 3, 1], "labels": [-100, -100, 3, 1]}],
+    "loss": 0.5,
+    "tokens": 2,
+}
+
+
+@pytest.fixture
+def check_export(tmp_path):
+    """Runs check_export.py with a runtime of this test on exports of weights, of quants and with a probe."""
+    package = tmp_path / "packages/llama_cpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(RUNTIME)
+    (package / "llama_chat_format.py").write_text(FORMATTER)
+
+    def check(exports: dict, probe=PROBE, template="{{ bos_token }} {{ messages[0].content }}", adapter=None):
+        for name, weights in exports.items():
+            folder = tmp_path / "export" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            model = {"weights": weights, "words": WORDS, "metadata": {"tokenizer.chat_template": template}}
+            (folder / ("base.gguf" if adapter else "model.gguf")).write_text(json.dumps(model))
+            if adapter:
+                (folder / "adapter.gguf").write_text(json.dumps(adapter))
+            (folder / "run.json").write_text(json.dumps({"arguments": {"quant": name.split("-")[1]}}))
+        (tmp_path / "probe-merged.json").write_text(json.dumps(probe))
+        args = ("--probe", "probe-merged.json", "--exports", *(f"export/{name}" for name in exports))
+        paths = {"PYTHONPATH": str(tmp_path / "packages")}
+        return run(ROOT / "scripts/chain/check_export.py", *args, cwd=tmp_path, **paths)
+
+    return check
+
+
+def turn(by: float) -> list:
+    """The weights, with red ahead of blue by so much."""
+    changed = [list(row) for row in WEIGHTS]
+    changed[2][4] = 2 + by
+    return changed
+
+
+def test_the_check_compares_prompts_answers_and_loss(check_export, tmp_path):
+    result = check_export({"merged-f16": WEIGHTS, "merged-q4_k_m": turn(0.5), "merged-f32": turn(0.03)})
+    assert result.returncode == 0, result.stderr
+    head, _, names, _, *rows = result.stdout.splitlines()
+    assert head == "make infer: 1 answers in float32, held-out loss 0.5000 over 2 tokens."
+    assert (tmp_path / "export-merged.md").read_text() == result.stdout
+    loss = (
+        -(
+            torch.tensor(WEIGHTS[2]).log_softmax(-1)[3]
+            + torch.tensor(WEIGHTS[3], dtype=torch.float32).log_softmax(-1)[1]
+        )
+        / 2
+    )
+    assert rows[0] == f"| merged-f16 | 0 | 1 of 1 | 1 of 1 | 2 of 2 | none | {loss:.4f} | {loss - 0.5:+.4f} |"
+    assert "| 1 of 1 | 0 of 1 | 0 of 2 | 'blue', ahead by 0.04; here 'red', by 0.50 |" in rows[1]
+    assert "'red', by 0.03" in rows[2]  # by less than what rounding explains
+    exports = read(tmp_path / "export-merged.json")["exports"]
+    assert exports[0]["loss"] == pytest.approx(loss.item(), abs=1e-6) and exports[0]["others"] == [None]
+    assert exports[1]["others"][0]["place"] == 0
+
+
+def test_another_answer_in_f16_is_an_error_where_it_was_not_close(check_export):
+    result = check_export({"merged-f16": turn(0.5)})
+    assert result.returncode == 1 and "merged-f16: 'red' instead of 'blue', which was ahead by 0.04" in result.stderr
+    far = json.loads(json.dumps(PROBE).replace("0.04", "3.0"))
+    result = check_export({"merged-f16": turn(0.03)}, far)
+    assert result.returncode == 1 and "ahead by 3.00 nats: more than the 0.1" in result.stderr
+
+
+def test_another_template_or_tokenizer_is_an_error(check_export):
+    result = check_export({"merged-q8_0": WEIGHTS}, template="{{ messages[0].content }}")
+    assert result.returncode == 1 and "| 0 of 1 | 1 of 1 |" in result.stdout
+    assert "its template or tokenizer makes something else" in result.stderr
+    other = json.loads(json.dumps(PROBE).replace('"<s> sky"', '"<s> red"'))
+    assert check_export({"merged-q8_0": WEIGHTS}, other).returncode == 1
+
+
+def test_an_adapter_answers_on_its_base(check_export):
+    adapter = [[0] * 5, [0] * 5, [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
+    result = check_export({"adapter-f16": turn(0.5)}, adapter=adapter)
+    assert result.returncode == 0 and "| 1 of 1 | 1 of 1 | 2 of 2 | none |" in result.stdout, result.stderr
+
+
+def test_texts_without_a_template_and_without_held_out_rows(check_export):
+    raw = PROBE | {"chat": False, "rows": [], "loss": None, "tokens": 0}
+    raw["prompts"] = [PROBE["prompts"][0] | {"prompt": "sky"}]
+    result = check_export({"base-f16": WEIGHTS}, raw)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "| base-f16 | 0 | 1 of 1 | 1 of 1 | 2 of 2 | none |  |  |"
+
+
+def test_what_is_not_there_to_check_is_said(check_export, tmp_path):
+    result = check_export({})
+    assert result.returncode == 1
+    args = ("--probe", "probe-merged.json", "--exports", "nowhere")
+    paths = {"PYTHONPATH": str(tmp_path / "packages")}
+    result = run(ROOT / "scripts/chain/check_export.py", *args, cwd=tmp_path, **paths)
+    assert result.returncode == 1 and "nothing is exported in nowhere. Do that first: make export" in result.stderr
+    args = ("--probe", "probe-full.json", "--exports", "nowhere")
+    result = run(ROOT / "scripts/chain/check_export.py", *args, cwd=tmp_path, **paths)
+    assert result.returncode == 1 and "no answers to compare with in probe-full.json" in result.stderr
+
+
+# By llama.cpp's own converter -----------------------------------------------------------------------------------------
 LLAMA_CPP = ROOT / ".venv-export/llama.cpp"
 needs_converter = pytest.mark.skipif(
     not (LLAMA_CPP / "convert_hf_to_gguf.py").is_file(), reason="llama.cpp's converter is not there: make export"

@@ -11,6 +11,7 @@ In f32 and f16 another token is an error where it was behind by more than roundi
 """
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def find_errors(found: dict, tolerance: float) -> list[str]:
 
 def main() -> None:
     args = read_arguments()
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # no line for each layer of an adapter
     if not args.probe.is_file():
         fail(f"no answers to compare with in {args.probe}. make export-check writes them, or probe.py.")
     probe = read_json(args.probe)

@@ -31,7 +31,15 @@ with contextlib.suppress(ImportError):
     import llama_cpp
 
 # What may be set of an adapter that llama.cpp's LoRA holds: two matrices for each layer, and one alpha.
-HELD = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"}
+HELD = {
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+}
 HELD |= {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 HELD |= {"layers_pattern", "rank_pattern", "megatron_core", "qalora_group_size"}  # the last two alone mean nothing
 PLAIN = {"bias": "none", "init_lora_weights": True}
