@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, check_refusal, load, run
 from gguf import GGUFReader
-from helpers import read
+from helpers import call, read
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from test_push import FULL
@@ -302,6 +303,38 @@ def test_as_a_step_it_leaves_a_sealed_folder_with_a_record(tiny_model, fake, tmp
     assert (record["script"], record["arguments"]["quant"]) == ("export_gguf.py", "f16")
     assert record["metrics"].keys() == {"seconds", "peak_memory_bytes"}
     assert "Modelfile" in (tmp_path / "out/export/base-f16/SHA256SUMS").read_text()
+
+
+def test_four_bits_are_written_by_the_runtime_out_of_sixteen(tiny_model, fake, tmp_path, monkeypatch):
+    asked, status = {}, 0
+
+    def quantize(source: bytes, target: bytes, options) -> int:
+        asked.update(read(Path(source.decode()).with_suffix(".json")), ftype=options.ftype)
+        Path(target.decode()).write_bytes(Path(source.decode()).read_bytes())
+        runtime.log(1, b"no room for it", None)
+        return status
+
+    runtime = SimpleNamespace(llama_log_callback=lambda log: log, llama_model_quantize=quantize)
+    runtime.llama_log_set = lambda log, _: setattr(runtime, "log", log)
+    runtime.llama_model_quantize_default_params = SimpleNamespace
+    runtime.LLAMA_FTYPE_MOSTLY_Q4_K_M = 15
+    monkeypatch.setattr(load("chain/export_gguf.py"), "llama_cpp", runtime)
+    args = (
+        "--model_name_or_path",
+        tiny_model,
+        "--llama_cpp",
+        fake,
+        "--quant",
+        "q4_k_m",
+        "--output_dir",
+        tmp_path / "made",
+    )
+    call("chain/export_gguf.py", *args)
+    assert (asked["kind"], asked["ftype"]) == ("auto", 15)
+    assert [file.name for file in (tmp_path / "made").glob("**/*.gguf")] == ["model.gguf"]
+    status = 1
+    with pytest.raises(SystemExit, match="cannot quantize it: no room for it. Give another --quant"):
+        call("chain/export_gguf.py", *args)
 
 
 CONFIGS = [

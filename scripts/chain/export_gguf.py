@@ -45,7 +45,10 @@ HELD |= {"layers_pattern", "rank_pattern", "megatron_core", "qalora_group_size"}
 PLAIN = {"bias": "none", "init_lora_weights": True}
 MERGED = "Export what it is merged to: make export FROM=merged"
 ADVICE = (
-    (r"not supported|not recognized", "llama.cpp does not know this model. It runs with: make infer, make serve"),
+    (
+        r"not (yet )?supported|not recognized",
+        "llama.cpp does not know this model. It runs with: make infer, make serve",
+    ),
     (r"No module named", "Not all that the converter needs is installed: remove .venv-export, and make export again."),
     (r"No space left|Errno 28", "Make room, or take another folder (OUT), and type the same command again."),
 )
@@ -124,8 +127,8 @@ def settle(file: Path, tokenizer) -> bool:
     """Sees that a GGUF has the EOS of the run, and adds a BOS only where that does; returns whether it adds one."""
     fields = GGUFReader(file, "r+").fields
     parts = {name: field.parts[field.data[0]] for name, field in fields.items() if name.endswith(("token", "token_id"))}
-    if (eos := parts.get("tokenizer.ggml.eos_token_id")) is not None:
-        eos[0] = tokenizer.eos_token_id
+    if tokenizer.eos_token and "tokenizer.ggml.eos_token_id" in parts:
+        parts["tokenizer.ggml.eos_token_id"][0] = tokenizer.eos_token_id
     if (adds := parts.get("tokenizer.ggml.add_bos_token")) is None:
         return bytes(fields["tokenizer.ggml.model"].parts[-1]) == b"llama"  # what llama.cpp takes it to be then
     if tokenizer.chat_template and adds[0]:  # the chat template writes it, or it was not there in the training
