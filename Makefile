@@ -169,7 +169,7 @@ verify: | $(VENV)/installed ## compare the loss curves with those on record
 	$(PY) scripts/chain/verify_run.py $$(ls $(OUT)/lora/run.json $(OUT)/full/run.json 2> /dev/null) --curves env/curves $(ARGS)
 verify-tutorial: $(VENV)/tested ## check the tutorial's own figures, without its model
 	@HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(PY) -m pytest tests/test_tutorial_figures.py -v -s -p no:warnings $(ARGS)
-test: $(VENV)/tested ## run the tests
+test: $(VENV)/tested $(VENV)-export/installed ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 test-faults: $(VENV)/tested ## kill, fill the disk, damage files, cut the power, and see that nothing is lost (long)
 	@FAULTS=full $(PY) -m pytest $(foreach name,faults resume runner bad_input security,tests/test_$(name).py) -v -s -p no:warnings $(ARGS)

@@ -633,6 +633,7 @@ def test_results_on_another_disk(call):
 def test_make_reads_env_as_the_scripts_do(text, tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "env/recipes", tmp_path / "env/recipes")
+    shutil.copy(ROOT / "env/use.mk", tmp_path / "env")
     (tmp_path / ".env").write_bytes(text.encode())
     show = ["make", "-s", "--eval", 'show: ; @printf "%s" "$$REPO"', "show"]
     result = subprocess.run(show, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
