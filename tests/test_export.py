@@ -172,6 +172,8 @@ def test_what_ollama_cannot_say_is_left_out_and_said(tokenizer):
         modelfile.find_pieces(lambda chat: render(tokenizer, LAST, chat))
     with pytest.raises(ValueError, match="leaves out or repeats"):
         modelfile.find_pieces(lambda chat: chat[-1]["content"])
+    with pytest.raises(ValueError, match="leaves out or repeats"):
+        modelfile.find_pieces(lambda chat: "".join(message["content"] * 2 for message in chat))
     tokenizer.chat_template = LAST
     text = modelfile.write_modelfile(tokenizer, ["</s>"], 8192, adds_bos=True, adapter=False)
     assert "\n# TEMPLATE is left out" in text and 'TEMPLATE "' not in text and 'PARAMETER stop "</s>"' in text

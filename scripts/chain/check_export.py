@@ -21,7 +21,7 @@ from folders import fail, make_parser, read_json, read_record, write_json, write
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-# By how many nats rounding may turn a choice, by the type that make infer computed in. Seen in float32: 0.02.
+# By how many nats rounding may turn a choice, by the type that make infer computed in. Seen in float32: 0.06.
 TOLERANCE = {"float32": 0.1, "float16": 0.2, "bfloat16": 1.0}
 EXACT = ("f32", "f16")
 HEAD = "| export | MiB | prompts | answers | tokens | first other token | held-out loss | change |"
