@@ -137,7 +137,8 @@ def adapter(tiny_model, tmp_path) -> Path:
     folder = tmp_path / "lora/adapter"
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model), "r": 4, "lora_alpha": 8, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"], "use_dora": False}))
+    config |= {"target_modules": ["q_proj"], "use_dora": False, "init_lora_weights": True, "megatron_core": "megatron"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(CHATML)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     (folder / "README.md").write_text("of the adapter")
