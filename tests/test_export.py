@@ -531,7 +531,7 @@ def test_another_template_or_tokenizer_is_an_error(check_export):
     result = check_export({"merged-q8_0": WEIGHTS}, template="{{ messages[0].content }}")
     assert result.returncode == 1 and "| 0 of 1 | 1 of 1 |" in result.stdout
     assert "its template or tokenizer makes something else" in result.stderr
-    other = json.loads(json.dumps(PROBE).replace('"<s> sky"', '"<s> red"'))
+    other = json.loads(json.dumps(PROBE).replace('"prompt_ids": [0', '"prompt_ids": [0, 0'))
     assert check_export({"merged-q8_0": WEIGHTS}, other).returncode == 1
 
 
