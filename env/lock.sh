@@ -39,12 +39,15 @@ all=$($serve-cpu.txt --override <(printf 'torch\n%s\n' "$companions"))
 pins 0 <<< "$all" | write serve-cpu "vLLM for the CPU, but for torch." "$serve-cpu.txt, without torchvision, torchaudio, torchcodec"
 all=$($serve-cuda.txt)
 write serve-cuda "vLLM for CUDA, with its torch." "$serve-cuda.txt" <<< "$all"
-export="${tests/test/export}"
-all=$($export)
-own() { # 0 or 1: the pins that are not, or are, llama.cpp
+# On top of packages.txt: what it has for the same systems is there already.
+besides() {
+	awk 'NR == FNR { known[$0]; next } /^[^ ]/ { keep = !($0 in known) } keep' env/locks/packages.txt -
+}
+export="${tests/test/export}" benchmark="${tests/test/benchmark}"
+of_llama() { # 0 or 1: the pins that are not, or are, llama.cpp's
 	awk -v of_llama="$1" '/^[^ ]/ { keep = /^llama-cpp-python==/ == of_llama } keep'
 }
-own 0 <<< "$all" | write export "What llama.cpp's converters and its build need besides." "$export"
-own 1 <<< "$all" | write runtime "llama.cpp, with its converters." "$export"
-benchmark="${tests/test/benchmark}"
-pins 0 <<< "$($benchmark)" | write benchmark "lm-eval, with what it needs beside torch." "$benchmark"
+all=$(besides <<< "$($export)")
+of_llama 0 <<< "$all" | write export "What llama.cpp's converters and its build need besides." "$export, without packages.txt"
+of_llama 1 <<< "$all" | write runtime "llama.cpp, with its converters." "$export"
+pins 0 <<< "$($benchmark)" | besides | write benchmark "What lm-eval needs besides." "$benchmark, without packages.txt and cuda.txt"

@@ -109,7 +109,7 @@ def wrap_model(model, tokenizer, batch_size: int):
             ends a prompt, or of a letter that --max_length cut."""
             ours = [each for each in requests if each.task_name == HELDOUT]
             others = [each for each in requests if each.task_name != HELDOUT]
-            tokens = [(each.args, each.doc["context"][-1:], each.doc["answer"]) for each in ours]
+            tokens = [(each.args, each.doc["context"], each.doc["answer"]) for each in ours]
             of_ours = iter(self._loglikelihood_tokens(tokens, disable_tqdm) if ours else [])
             of_others = iter(super().loglikelihood(others, disable_tqdm) if others else [])
             return [next(of_ours if each.task_name == HELDOUT else of_others) for each in requests]
