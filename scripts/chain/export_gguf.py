@@ -43,7 +43,7 @@ HELD = {
 HELD |= {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"}
 HELD |= {"layers_pattern", "rank_pattern", "megatron_core", "qalora_group_size"}  # the last two alone mean nothing
 PLAIN = {"bias": "none", "init_lora_weights": True}
-MERGED = "Export what it is merged to: make export FROM=merged"
+MERGED = "Export what it is merged to: make merge export FROM=merged"
 ADVICE = (
     (
         r"not (yet )?supported|not recognized",

@@ -60,7 +60,9 @@ def check_adapter(adapter: dict) -> None:
 def gather(adapter: Path, base: Path, folder: Path) -> None:
     """The tokenizer, template and EOS of an adapter with the config of its base, in a folder for vLLM."""
     if not (adapter / "tokenizer_config.json").is_file():
-        fail(f"{adapter} has no tokenizer, so what it was trained with is not known. Type: make serve FROM=merged")
+        fail(
+            f"{adapter} has no tokenizer, so what it was trained with is not known. Type: make merge serve FROM=merged"
+        )
     for file in adapter.iterdir():
         if file.is_file() and not file.name.startswith("adapter_model"):
             shutil.copy(file, folder)
