@@ -359,7 +359,7 @@ def test_an_adapter_that_llama_cpp_cannot_hold_is_refused(config, said, adapter,
     file.write_text(json.dumps(read(file) | config))
     args = ["--model_name_or_path", str(adapter), "--llama_cpp", str(fake)]
     check_refusal("chain/export_gguf.py", args, said, tmp_path, monkeypatch, capsys)
-    check_refusal("chain/export_gguf.py", args, "make export FROM=merged", tmp_path, monkeypatch, capsys)
+    check_refusal("chain/export_gguf.py", args, "make merge export FROM=merged", tmp_path, monkeypatch, capsys)
 
 
 SAID = [
@@ -382,7 +382,7 @@ def test_what_stops_the_converter_is_said_in_a_line(line, said, tiny_model, fake
 def test_of_an_adapter_it_says_to_export_what_is_merged(adapter, fake, tmp_path, monkeypatch, capsys):
     (fake / "says.txt").write_text("ValueError: lm_head is present in adapter, but is ignored in base model")
     args = ["--model_name_or_path", str(adapter), "--llama_cpp", str(fake)]
-    check_refusal("chain/export_gguf.py", args, "make export FROM=merged", tmp_path, monkeypatch, capsys)
+    check_refusal("chain/export_gguf.py", args, "make merge export FROM=merged", tmp_path, monkeypatch, capsys)
 
 
 def test_what_is_missing_is_said(tiny_model, fake, tmp_path, monkeypatch, capsys):
