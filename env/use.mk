@@ -2,7 +2,9 @@
 # is first asked for. `make serve` reads what is there, and trains nothing.
 # HOST and PORT come from the command line or .env alone: some shells export a HOST, which is the machine's name.
 only_asked = override $(1) := $$(or $$(if $$(call typed,$(1)),$$(value $(1))),$$(call dotenv,$(1)),$(2))
-$(foreach name,HOST-127.0.0.1 PORT-8000 FORMAT-gguf QUANT-f16 TASKS-heldout,$(eval $(call only_asked,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
+$(eval $(call only_asked,HOST,127.0.0.1))
+$(eval $(call only_asked,PORT,8000))
+$(foreach name,FORMAT-gguf QUANT-f16 TASKS-heldout,$(eval $(call setting,$(firstword $(subst -, ,$(name))),$(word 2,$(subst -, ,$(name))))))
 $(if $(call special,$(HOST)$(PORT)$(QUANT)$(FORMAT)),$(error HOST, PORT, FORMAT or QUANT has marks that mean something to a shell. Take others))
 
 export TASKS
@@ -20,7 +22,8 @@ $(VENV)-export/runtime: $(VENV)-export/installed
 # Answers of `make infer` by token, and the held-out rows with their loss: what an engine is compared with.
 probe = $(STEP) $(call reads,$(1)) $(wildcard $(OUT)/dataset) -- scripts/chain/probe.py $(call model,$(1)) \
 	$(call trained_type,$(call step_of,$(1))) --prompt="$$PROMPT" --dataset_name $(OUT)/dataset --output $(OUT)/check/probe-$(1).json $(2)
-served = $(STEP) $(call reads,$(FROM)) -- scripts/chain/serve.py $(call model,$(FROM)) --name $(FROM) --python $(SERVE) --log $(OUT)/check/serve.log
+served = $(STEP) $(call reads,$(FROM)) -- scripts/chain/serve.py $(call model,$(FROM)) $(call trained_type,$(from)) --name $(FROM) \
+	--python $(SERVE) --log $(OUT)/check/serve.log
 
 .PHONY: push serve serve-check export export-check benchmark
 push: $(call result,$(from)) | $(VENV)/installed ## upload FROM=adapter|full|merged to REPO=user/name on the Hub

@@ -793,3 +793,50 @@ def test_an_environment_is_made_before_its_engine_is_asked_for_and_again_where_i
         os.utime(project.folder / made, (now + 20 * later + 10,) * 2)
         project.make(made)
         assert project.commands() == []
+
+
+def test_an_export_is_made_once_for_each_form_and_again_where_its_model_changed(engines):
+    assert engines.make("merge", "export", "FROM=merged").returncode == 0
+    assert engines.steps() == ["04_merge_adapter", "write_card", "export_gguf"]
+    command = engines.commands()[-1]
+    assert command.startswith("scripts/chain/run_step.py outputs/export/merged-f16 --reads outputs/merged")
+    assert command.split(" -- ")[1] == (
+        "scripts/chain/export_gguf.py --model_name_or_path outputs/merged/model "
+        "--llama_cpp .venv-export/llama.cpp --quant f16"
+    )
+    engines.make("export", "FROM=merged", "QUANT=q4_k_m")
+    assert engines.steps() == ["export_gguf"]
+    for form in ("f16", "q4_k_m"):
+        engines.make("export", "FROM=merged", f"QUANT={form}")
+        assert engines.steps() == [], form
+    engines.make("train-lora", "ARGS=--seed 2")
+    engines.make("export", "FROM=merged", QUANT="q4_k_m")
+    assert engines.steps() == ["04_merge_adapter", "export_gguf"] and "merged-q4_k_m" in engines.commands()[1]
+    engines.make("export")
+    assert "--base_model outputs/base-model --llama_cpp" in engines.commands()[0]
+    assert (engines.folder / "outputs/export/adapter-f16/run.json").exists()
+    for wrong, words in (("QUANT=q5", "QUANT=f32, f16, q8_0 or q4_k_m"), ("FORMAT=onnx", "FORMAT=gguf")):
+        result = engines.make("export", wrong)
+        assert result.returncode == 2 and words in result.stderr and engines.steps() == []
+
+
+def test_all_exports_of_a_model_are_checked(engines):
+    engines.make("export-check")
+    assert engines.steps() == ["export_gguf", "probe", "check_export"]  # the default, where there is none
+    engines.make("export", "QUANT=q8_0")
+    engines.make("export-check")
+    assert engines.steps() == ["probe", "check_export"]
+    assert "--reads outputs/export/adapter-f16 outputs/export/adapter-q8_0 -- " in engines.commands()[1]
+    assert "--exports outputs/export/adapter-f16 outputs/export/adapter-q8_0" in engines.commands()[1]
+
+
+def test_a_benchmark_takes_all_that_was_trained(engines):
+    engines.make("train-full", "merge")
+    assert engines.make("benchmark", "TASKS=heldout,my $task.yaml", "ARGS=--limit 3").returncode == 0
+    assert engines.steps() == ["probe", "benchmark"]
+    command = engines.commands()[1]
+    assert "--models outputs/lora/adapter outputs/full/model outputs/merged/model" in command
+    assert (
+        "--probe outputs/check/probe-adapter.json --tasks=heldout,my $task.yaml --output_dir outputs/report" in command
+    )
+    assert command.endswith("--limit 3") and "probe-adapter.json" in engines.commands()[0]

@@ -260,7 +260,7 @@ def test_vllm_answers_as_was_trained_though_the_base_has_another_template_and_eo
     (answer,) = read(probe)["prompts"]
     assert answer["answer"].strip() == "blue" and answer["answer_ids"][-1] == 1, "the EOS that was trained"
     check = [VLLM, ROOT / "scripts/chain/check_serve.py", "--probe", probe, "--output", report]
-    check += ["--", *command(*model, python=VLLM), "--name", kind]
+    check += ["--max-model-len", "400", "--", *command(*model, python=VLLM), "--name", kind]
     result = subprocess.run([*map(str, check)], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "differs_at" not in read(report)["answers"][0]

@@ -261,12 +261,14 @@ def main() -> None:
         "--load", action="store_true", help="ask what the probe answered in batches, many at once; then kill the server"
     )
     add("--patience", type=float, default=900, help="seconds after which no more is asked under load (default: 900)")
-    add("command", nargs="+", help="after --: what starts the server; it gets --port")
-    args, options = parser.parse_known_args()
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, options = parser.parse_known_args(sys.argv[1:place])  # others are for the server
+    if not (command := sys.argv[place + 1 :]):
+        fail("no command that starts a server, after --. Type: make serve-check")
     probe = read_json(args.probe)
     if args.load and "load" not in probe:
         fail(f"{args.probe} has no questions for --load. Make it anew: probe.py --load 200")
-    server = Server([*args.command, *options], probe)
+    server = Server([*command, *options], probe)
     try:
         started = server.start()
         report = {"name": server.name, "vllm": __import__("vllm").__version__, "seconds_to_start": started}
