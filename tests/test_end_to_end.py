@@ -66,6 +66,14 @@ def test_train_merge_compare_infer_evaluate(make):
     ask = ("PROMPT=What is LoRA?", "ARGS=--max_new_tokens 12")
     assert make("infer", "FROM=merged", *ask).splitlines()[-1] == answer
     assert make("pipeline", "FROM=adapter", *ask).splitlines()[-1] == answer
+    page = (ROOT / "docs/use.md").read_text(encoding="utf-8").split("## Into Python")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in page.splitlines() if line.startswith("    "))
+    code = code.replace('"outputs/', f'"{make.output}/')
+    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=make.output)
+    asked = make("infer", "PROMPT=What is LoRA?", "ARGS=--max_new_tokens 64")
+    assert python.stdout.strip() and asked.strip().endswith(python.stdout.strip()), python.stderr
+    assert "model.gguf" in make("export", "FROM=merged") and "adapter.gguf" in make("export")
+    assert "up to date" in make("export") and (make.output / "export/adapter-f16/Modelfile").exists()
     assert "| trainable parameters | 4,884,480 | 134,515,008 | 33,554,432 |" in make("compare")
     assert (make.output / "report/comparison.png").stat().st_size > 10_000
     for source in ("adapter", "merged", "full"):

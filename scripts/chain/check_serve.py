@@ -61,8 +61,11 @@ class Server:
             time.sleep(0.5)
 
     def end(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # vLLM ends with it
 
     def processes(self) -> list[int]:
         """Ids of vLLM's processes: those of the group that the server's child leads."""

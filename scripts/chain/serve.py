@@ -221,6 +221,8 @@ def main() -> None:
             print(show_request(url, args.name, bool(key), has_template(path)), flush=True)
             server.wait()
         stop(server)
+        if server.returncode < 0:
+            fail(f"vLLM was killed, by signal {-server.returncode}. Type the same command again.")
         fail(f"vLLM ended with status {server.returncode}: {explain(args.log)}")
     except KeyboardInterrupt:
         print("\nThe server has ended.")
