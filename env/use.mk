@@ -1,5 +1,5 @@
 # What comes after a training: serving, exporting, benchmarking. Each engine has an environment of its own, made when it
-# is first asked for. `make serve` reads what is there, and trains nothing.
+# is first asked for. Serving and exporting train nothing.
 # HOST and PORT come from the command line or .env alone: some shells export a HOST, which is the machine's name.
 only_asked = override $(1) := $$(or $$(if $$(call typed,$(1)),$$(value $(1))),$$(call dotenv,$(1)),$(2))
 $(eval $(call only_asked,HOST,127.0.0.1))
@@ -22,18 +22,17 @@ $(VENV)-export/runtime: $(VENV)-export/installed
 # Answers of `make infer` by token, and the held-out rows with their loss: what an engine is compared with.
 probe = $(STEP) $(call reads,$(1)) $(wildcard $(OUT)/dataset) -- scripts/chain/probe.py $(call model,$(1)) \
 	$(call trained_type,$(call step_of,$(1))) --prompt="$$PROMPT" --dataset_name $(OUT)/dataset --output $(OUT)/check/probe-$(1).json $(2)
-served = $(STEP) $(call reads,$(FROM)) -- scripts/chain/serve.py $(call model,$(FROM)) $(call trained_type,$(from)) --name $(FROM) \
-	--python $(SERVE) --log $(OUT)/check/serve.log
+served = $(STEP) $(call reads,$(FROM)) -- scripts/chain/serve.py $(call model,$(FROM)) $(call trained_type,$(from)) --name $(FROM) --python $(SERVE)
 
 .PHONY: push serve serve-check export export-check benchmark
 push: $(call result,$(from)) | $(VENV)/installed ## upload FROM=adapter|full|merged to REPO=user/name on the Hub
 	@$(call finish,$(from)) > /dev/null
 	$(STEP) --reads $(OUT)/$(from) -- scripts/chain/push_model.py --folder $(call folder_of,$(from)) --repo_id="$$REPO" $(ARGS)
 serve: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## serve FROM=adapter|base|full|merged as OpenAI's API, by vLLM, at PORT
-	@exec $(served) --host $(HOST) --port $(PORT) $(ARGS)
+	@exec $(served) --log $(OUT)/check/serve-$(PORT).log --host $(HOST) --port $(PORT) $(ARGS)
 serve-check: $(call result,$(from)) | $(ready) $(VENV)-serve/installed ## ask a server many things and compare its answers with infer; ARGS=--load asks 200 too
 	@$(call probe,$(FROM),$(if $(findstring --load,$(ARGS)),--load 200))
-	$(SERVE) scripts/chain/check_serve.py --probe $(OUT)/check/probe-$(FROM).json --output $(OUT)/check/serve-$(FROM).json $(ARGS) -- $(served)
+	$(SERVE) scripts/chain/check_serve.py --probe $(OUT)/check/probe-$(FROM).json --output $(OUT)/check/serve-$(FROM).json $(ARGS) -- $(served) --log $(OUT)/check/serve-check.log
 
 # The exports of a result stand side by side: OUT/export/merged-f16, merged-q4_k_m.
 ifneq ($(call asks,export export-check),)
@@ -58,7 +57,7 @@ export-check: $(if $(filter-out $(wildcard $(exports)),$(exports)),$(exported)/r
 		--exports $(exports) $(ARGS)
 
 benchmark: $(foreach step,$(evaluated) dataset base-model,$(call result,$(step))) | $(ready) $(VENV)-benchmark/installed ## measure base and all that was trained by lm-eval, TASKS=heldout,arc_easy
-	@$(call probe,$(patsubst lora,adapter,$(firstword $(evaluated))))
+	@$(if $(findstring heldout,$(TASKS)),$(call probe,$(patsubst lora,adapter,$(firstword $(evaluated)))))
 	$(BENCHMARK) scripts/chain/run_step.py --reads $(addprefix $(OUT)/,$(evaluated) base-model) -- scripts/chain/benchmark.py \
 		--base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(call folder_of,$(step))) \
 		--probe $(OUT)/check/probe-$(patsubst lora,adapter,$(firstword $(evaluated))).json --tasks="$$TASKS" --output_dir $(OUT)/report $(ARGS)

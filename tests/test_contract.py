@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 SCRIPTS = sorted((ROOT / "scripts").glob("0*.py"))
 CHAIN = sorted((ROOT / "scripts/chain").glob("*.py"))
 # What comes after a training: serving, export, benchmarks.
-USE = {"probe", "serve", "check_serve", "export_gguf", "modelfile", "check_export", "benchmark"}
+USE = {"probe", "serve", "require_key", "check_serve", "export_gguf", "modelfile", "check_export", "benchmark"}
 SCRIPT_IDS = [script.name for script in SCRIPTS]
 OURS = {file.stem for file in (ROOT / "scripts").rglob("*.py")}
 # The package that an import needs, where its name is another.

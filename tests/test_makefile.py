@@ -756,8 +756,8 @@ def test_a_server_takes_what_is_there_and_trains_nothing(engines):
     assert "Type: make merge" in engines.make("serve", "FROM=merged").stderr
     engines.make("merge", "serve", "FROM=merged", "PORT=80", "ARGS=--seed 3", HOST="a-name-of-this-machine")
     assert engines.steps() == ["04_merge_adapter", "write_card", "serve"]
-    assert engines.commands()[2].endswith("--name merged --python .venv-serve/bin/python --log outputs/check/serve.log "
-                                          "--host 127.0.0.1 --port 80 --seed 3")  # fmt: skip
+    options = "--log outputs/check/serve-80.log --host 127.0.0.1 --port 80 --seed 3"
+    assert engines.commands()[2].endswith(f"--name merged --python .venv-serve/bin/python {options}")
     (engines.folder / ".env").write_text("HOST=0.0.0.0\n")
     engines.make("serve", "FROM=base")
     assert "--model_name_or_path outputs/base-model --name base" in engines.commands()[0]

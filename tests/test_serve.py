@@ -1,5 +1,6 @@
 """serve.py with a stand-in for vLLM, check_serve.py; and, where .venv-serve is there, vLLM itself."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -114,6 +115,7 @@ def test_an_adapter_is_served_with_what_it_was_trained_with(engine, adapter, tin
     assert options["--tokenizer"] == options["--generation-config"] and not Path(options["--tokenizer"]).exists()
     assert seen["files"]["chat_template.jinja"] == "trained" and '"llama"' in seen["files"]["config.json"]
     assert seen["files"]["generation_config.json"] == '{"eos_token_id": [2, 5]}'
+    assert options["--middleware"] == "require_key.RequireKey"
     assert seen["key"] == "s3cret" and seen["api_key"] is None and "s3cret" not in json.dumps(seen["argv"])
     assert seen["VLLM_NO_USAGE_STATS"] == seen["HF_HUB_OFFLINE"] == seen["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert f"http://127.0.0.1:{port}/v1 answers as adapter" in lines[1]
@@ -173,6 +175,7 @@ def test_what_cannot_be_served_is_said_in_a_line(engine, adapter, tiny_model):
         port = other.getsockname()[1]
         words = refused(engine, "--model_name_or_path", tiny_model, "--port", port)
     assert f"127.0.0.1:{port}: " in words and f"PORT={port + 1}" in words
+    assert "no port 80000" in refused(engine, "--model_name_or_path", tiny_model, "--port", 80000)
     assert "no model at none" in refused(engine, "--model_name_or_path", "none")
     words = refused(engine, "--model_name_or_path", tiny_model, "--max-model-len", 10**12)
     assert "are free. End what else runs, or type" in words and "--max-model-len 1024" in words
@@ -288,3 +291,28 @@ def make_base(folder: Path) -> None:
     sizes = dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     more = dict(vocab_size=len(vocabulary), max_position_embeddings=512, initializer_range=0.3, eos_token_id=0)
     LlamaForCausalLM(LlamaConfig(**sizes, **more, tie_word_embeddings=True)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "header", "status"),
+    [
+        ("/invocations", "POST", b"", 401),
+        ("/metrics", "GET", b"Bearer another", 401),
+        ("/invocations", "POST", b"Bearer s3cret", 200),
+        ("/health", "GET", b"", 200),
+        ("/v1/models", "OPTIONS", b"", 200),
+    ],
+)
+def test_with_a_key_all_but_health_needs_it(path, method, header, status, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "method": method, "headers": [(b"authorization", header)] if header else []}
+    asyncio.run(load("chain/require_key.py").RequireKey(app)(scope, None, send))
+    assert sent[0]["status"] == status

@@ -85,10 +85,10 @@ class Server:
         each = self.probe["prompts"][number]
         return self.ask(each["messages"] if self.probe["chat"] else each["prompt"], **options)
 
-    def post(self, body: bytes, key: str, path: str = "chat/completions") -> tuple[int, str]:
+    def post(self, body: bytes, key: str, path: str = "/v1/chat/completions") -> tuple[int, str]:
         """Status and text that came of a body, which need not be right."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        request = urllib.request.Request(f"{self.url}/v1/{path}", body, headers)
+        request = urllib.request.Request(f"{self.url}{path}", body, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read().decode()
@@ -164,8 +164,9 @@ def check_requests(server: Server, alone: list[str]) -> dict[str, str]:
         again("a prompt that is too long", True, f"refused with {error.status_code}")
     status, _ = server.post(b'{"model": "', server.key)
     again("broken JSON", status == 400, f"status {status}")
-    status, text = server.post(b"{}", "not the key")
-    again("a wrong key", status == 401 and server.key not in text, f"status {status}")
+    paths = ("/v1/chat/completions", "/invocations", "/tokenize")  # vLLM by itself guards the first alone
+    refused = [server.post(b"{}", "not the key", path)[0] for path in paths]
+    again("a wrong key", set(refused) == {401}, f"status {refused} of {', '.join(paths)}")
     stream = server.ask_probe(0, stream=True, max_tokens=server.length // 2, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()

@@ -65,6 +65,8 @@ Here it is as GGUF, for [llama.cpp](https://github.com/ggml-org/llama.cpp) and [
 
 ## Running
 
+In this folder:
+
 ```sh
 ollama create my-model -f Modelfile && ollama run my-model
 llama-cli {models} --temp 0

@@ -172,11 +172,13 @@ def main() -> None:
     model = Path(args.base_model or adapter["base_model_name_or_path"]) if adapter else path
     if not (model / "config.json").is_file():
         fail(f"no model at {model}. Give the folder of one.")
+    if not 0 < args.port < 2**16:
+        fail(f"there is no port {args.port}. Type: make serve PORT=8000")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((args.host, args.port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             fail(f"{args.host}:{args.port}: {error}. Type: make serve PORT={args.port + 1}, or end what listens there.")
 
     # What vLLM is to be told
@@ -188,7 +190,11 @@ def main() -> None:
     command = [args.python, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--dtype", dtype, "--host", args.host, "--port", str(args.port)]
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"VLLM_API_KEY": key} if key else {}
+    if key:
+        shutil.copy(Path(__file__).with_name("require_key.py"), folder.name)
+        search = os.pathsep.join(filter(None, [folder.name, os.environ.get("PYTHONPATH")]))
+        environment |= {"VLLM_API_KEY": key, "PYTHONPATH": search}
+        command += ["--middleware", "require_key.RequireKey"]
     if adapter:
         check_adapter(adapter)
         gather(path, model, Path(folder.name))
