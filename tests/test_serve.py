@@ -75,6 +75,7 @@ def start(engine, *args, **environment) -> subprocess.Popen:
     """serve.py with the stand-in."""
     known = os.environ | {"PYTHONPATH": str(engine), "SEEN": str(engine / "seen")} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored
     return subprocess.Popen(command(*args), env=known, cwd=engine, **pipes)
 
 
