@@ -1,9 +1,10 @@
 """probe.py: what an engine is compared with is what make infer answers and what the training measured."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from conftest import write_rows
+from conftest import load, write_rows
 from helpers import call, read
 from transformers import AutoTokenizer
 
@@ -58,3 +59,10 @@ def test_without_held_out_rows_the_prompt_alone_is_asked(trained, tmp_path):
     probe = read(tmp_path / "probe.json")
     assert [each["messages"][0]["content"] for each in probe["prompts"]] == ["What is a large language model?"]
     assert probe["rows"] == [] and probe["loss"] is None and "load" not in probe
+
+
+def test_what_stands_behind_an_end_is_not_counted(monkeypatch):
+    probe = load("chain/probe.py")
+    recorder = SimpleNamespace(times=[0.0], ids=[[5, 2], [2, 7], [9, 8]])  # of each step the token of each answer
+    monkeypatch.setattr(probe, "answer", lambda *_: ([], recorder))
+    assert probe.answer_many(None, None, ["a", "b"], 2, 3, [2])["tokens"] == 2 + 1
