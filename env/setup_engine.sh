@@ -2,7 +2,7 @@
 # Makes the environment of an engine beside $VENV: env/setup_engine.sh serve|export|runtime|benchmark. The Makefile calls it.
 #   serve      $VENV-serve: vLLM, whose torch and transformers are others than those of $VENV
 #   export     $VENV-export: the converters of llama.cpp, on the packages of $VENV
-#   runtime    llama.cpp itself, built into $VENV-export; CMAKE_ARGS reaches its build: -DGGML_HIP=on, -DGGML_CUDA=on
+#   runtime    llama.cpp itself, built into $VENV-export, for the CPU
 #   benchmark  $VENV-benchmark: lm-eval, on the packages of $VENV
 # What was not made to its end is made anew. Each command is printed before it runs.
 set -euo pipefail
