@@ -80,7 +80,7 @@ def start(engine, *args, **environment) -> subprocess.Popen:
 
 
 def refused(engine, *args, **environment) -> str:
-    process = start(engine, *args, **environment)
+    process = start(engine, *args, *([] if "--port" in args else ["--port", free_port()]), **environment)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in words, words
     return words
