@@ -38,6 +38,9 @@ http.server.HTTPServer((option("--host"), int(option("--port"))), Handler).serve
 """
 
 
+started = []
+
+
 @pytest.fixture
 def engine(tmp_path) -> Path:
     """Folder with a module vllm whose server answers /health and notes what it was told in the file `seen`."""
@@ -46,7 +49,10 @@ def engine(tmp_path) -> Path:
     for folder in (module, module.parent, module.parent.parent):
         (folder / "__init__.py").touch()
     (module / "api_server.py").write_text(STAND_IN)
-    return tmp_path / "engine"
+    yield tmp_path / "engine"
+    for process in started:  # what a failed test left
+        process.kill()
+    started.clear()
 
 
 @pytest.fixture
@@ -76,7 +82,8 @@ def start(engine, *args, **environment) -> subprocess.Popen:
     known = os.environ | {"PYTHONPATH": str(engine), "SEEN": str(engine / "seen")} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored
-    return subprocess.Popen(command(*args), env=known, cwd=engine, **pipes)
+    started.append(subprocess.Popen(command(*args), env=known, cwd=engine, **pipes))
+    return started[-1]
 
 
 def refused(engine, *args, **environment) -> str:
