@@ -53,7 +53,7 @@ $(exported)/run.json: FORCE $(call result,$(from)) | $(ready) $(VENV)-export/$(i
 		--llama_cpp $(VENV)-export/llama.cpp --quant $(QUANT) $(call args,export)
 export-check: $(if $(filter-out $(wildcard $(exports)),$(exports)),$(exported)/run.json) | $(ready) $(VENV)-export/runtime ## compare what llama.cpp answers, of each export of FROM, with infer
 	@$(call probe,$(FROM))
-	$(EXPORT) scripts/chain/run_step.py --reads $(exports) -- scripts/chain/check_export.py --probe $(OUT)/check/probe-$(FROM).json \
+	$(EXPORT) scripts/chain/run_step.py $(call reads,$(FROM)) --reads $(exports) -- scripts/chain/check_export.py --probe $(OUT)/check/probe-$(FROM).json \
 		--exports $(exports) $(ARGS)
 
 benchmark: $(foreach step,$(evaluated) dataset base-model,$(call result,$(step))) | $(ready) $(VENV)-benchmark/installed ## measure base and all that was trained by lm-eval, TASKS=heldout,arc_easy

@@ -451,6 +451,7 @@ WEIGHTS = [[0, 0, 3, 0, 0], [0] * 5, [0, 0, 0, 2, 1.96], [0, 4, 0, 0, 0], [0, 4,
 PROBE = {
     "dtype": "float32",
     "chat": True,
+    "stops": [1],
     "prompts": [
         {
             "messages": [{"role": "user", "content": "sky"}],
@@ -489,6 +490,11 @@ def check_export(tmp_path):
         return run(ROOT / "scripts/chain/check_export.py", *args, cwd=tmp_path, **paths)
 
     return check
+
+
+def test_a_file_that_would_not_stop_where_infer_does_is_an_error(check_export):
+    result = check_export({"merged-q8_0": WEIGHTS}, PROBE | {"stops": [4]})
+    assert result.returncode == 1 and "merged-q8_0: its EOS is none of those" in result.stderr
 
 
 def turn(by: float) -> list:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import signal
@@ -222,7 +223,7 @@ class Said:
         ([7, 8, 2], [1, 5], {"same_prompt": True}),
         ([7, 9, 2], [1, 5], {"same_prompt": True, "differs_at": 2, "margin": 0.25}),
         ([7, 8], [1, 5], {"same_prompt": True, "differs_at": 3, "margin": 0.75}),
-        ([7, 8, 2, 4], [1, 5], {"same_prompt": True, "differs_at": 4, "margin": 0.0}),
+        ([7, 8, 2, 4], [1, 5], {"same_prompt": True, "differs_at": 4, "margin": math.inf}),
         ([7, 8, 2], [1, 1, 5], {"same_prompt": False}),
     ],
 )

@@ -105,6 +105,7 @@ def check(folder: Path, probe: dict) -> dict:
         "export": folder.name,
         "quant": read_record(folder)["arguments"]["quant"],
         "bytes": sum(file.stat().st_size for file in folder.glob("*.gguf")),
+        "ends": model.token_eos() in probe["stops"],
         "same_prompts": sum(is_prompt_same(model, prompt, probe["chat"]) for prompt in probe["prompts"]),
         "same_answers": others.count(None),
         "answers": len(others),
@@ -139,6 +140,8 @@ def find_errors(found: dict, tolerance: float) -> list[str]:
     errors, name = [], found["export"]
     if found["same_prompts"] < found["answers"]:
         errors.append(f"{name}: its template or tokenizer makes something else of the prompts than make infer.")
+    if not found["ends"]:
+        errors.append(f"{name}: its EOS is none of those at which make infer stops. Type: make export")
     for other in found["others"]:
         if other and found["quant"] in EXACT and max(other["behind"], other["was_ahead"]) > tolerance:
             errors.append(

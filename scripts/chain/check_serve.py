@@ -11,6 +11,7 @@ is smaller than rounding in that type.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -121,7 +122,7 @@ def compare(server: Server) -> list[dict]:
                 (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
             )
             pair["differs_at"] = place + 1
-            pair["margin"] = each["margins"][place] if place < len(ours) else 0.0
+            pair["margin"] = each["margins"][place] if place < len(ours) else math.inf  # it does not end
         pairs.append(pair)
     return pairs
 
@@ -269,6 +270,7 @@ def main() -> None:
     args, options = parser.parse_known_args(sys.argv[1:place])  # others are for the server
     if not (command := sys.argv[place + 1 :]):
         fail("no command that starts a server, after --. Type: make serve-check")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
     probe = read_json(args.probe)
     if args.load and "load" not in probe:
         fail(f"{args.probe} has no questions for --load. Make it anew: probe.py --load 200")

@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 import datasets
 import torch
-from evaluate import choose_prompts, find_run, generation, make_trainer, read_options, training
+from evaluate import check_training_rows, choose_prompts, find_run, generation, make_trainer, read_options, training
 from transformers import LogitsProcessor, LogitsProcessorList
 
 
@@ -103,6 +103,7 @@ def main() -> None:
     run = find_run(args.model_name_or_path)
     folder = tempfile.TemporaryDirectory()
     if any(Path(args.dataset_name).glob("validation.*")):
+        check_training_rows([args.model_name_or_path], args.dataset_name, "validation")
         config = read_options(run, argparse.Namespace(max_length=None), folder.name)
         config.disable_tqdm = True
         held_out = training.load_rows(args.dataset_name, "validation", tokenizer, config)
