@@ -56,8 +56,9 @@ export-check: $(if $(filter-out $(wildcard $(exports)),$(exports)),$(exported)/r
 	$(EXPORT) scripts/chain/run_step.py $(call reads,$(FROM)) --reads $(exports) -- scripts/chain/check_export.py --probe $(OUT)/check/probe-$(FROM).json \
 		--exports $(exports) $(ARGS)
 
+probed := $(patsubst lora,adapter,$(firstword $(evaluated)))
 benchmark: $(foreach step,$(evaluated) dataset base-model,$(call result,$(step))) | $(ready) $(VENV)-benchmark/installed ## measure base and all that was trained by lm-eval, TASKS=heldout,arc_easy
-	@$(if $(findstring heldout,$(TASKS)),$(call probe,$(patsubst lora,adapter,$(firstword $(evaluated)))))
+	@$(if $(findstring heldout,$(TASKS)),$(call probe,$(probed)))
 	$(BENCHMARK) scripts/chain/run_step.py --reads $(addprefix $(OUT)/,$(evaluated) base-model) -- scripts/chain/benchmark.py \
 		--base_model $(OUT)/base-model --models $(foreach step,$(evaluated),$(call folder_of,$(step))) \
-		--probe $(OUT)/check/probe-$(patsubst lora,adapter,$(firstword $(evaluated))).json --tasks="$$TASKS" --output_dir $(OUT)/report $(ARGS)
+		--probe $(OUT)/check/probe-$(probed).json --tasks="$$TASKS" --output_dir $(OUT)/report $(ARGS)

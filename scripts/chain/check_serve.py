@@ -110,8 +110,7 @@ def compare(server: Server) -> list[dict]:
     """Each prompt of the probe, asked alone: the same tokens went in, and the same came out?"""
     pairs = []
     for number, each in enumerate(server.probe["prompts"]):
-        asked = {"logprobs": True, "top_logprobs": 2} if server.probe["chat"] else {"logprobs": 2}
-        answer = server.ask_probe(number, extra_body={"return_token_ids": True}, **asked)
+        answer = server.ask_probe(number, extra_body={"return_token_ids": True})
         choice, whole = answer.choices[0].model_dump(), answer.model_dump()
         ours, theirs = each["answer_ids"], choice["token_ids"]
         pair = {"prompt": each["messages"][-1]["content"], "infer": each["answer"], "server": text_of(answer)}

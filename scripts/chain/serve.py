@@ -80,6 +80,8 @@ def plan_memory(model: Path, config: dict, dtype: str, length: int) -> int:
     )
     needed = weights + cache * 2**30 + HEADROOM
     free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)  # of the runner, which knows what a container has
+    free = free if limit < 0 else min(free, limit)
     if needed > free:
         advice = "End what else runs" + (", or type: make serve ARGS='--max-model-len 1024'" if cache > 1 else "")
         fail(
